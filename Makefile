@@ -1,0 +1,59 @@
+# Two commands set everything up: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+SOURCES := model pipeline jobs tests benchmarks
+
+.PHONY: help demo test test-s3 test-gpu test-pillow fmt lint bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
+
+# torch goes first and alone: asked for by another package it may come in a build that does not fit.
+$(VENV)/.installed: pyproject.toml
+	@echo "creating $(VENV) and installing; a few minutes the first time"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tessera needs Python 3.11 or later")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH)
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.installed  ## install, then run the main job on the pictures that ship with the project
+	$(BIN)/tessera demo
+
+test: lint  ## format, lint, types and the quick suite (no GPU, no network but loopback)
+	$(BIN)/pytest -m "not gpu and not ceph"
+
+test-s3: $(VENV)/.installed-dev  ## the storage suite against Ceph's S3 server (Debian: radosgw ceph-mon ceph-osd)
+	$(BIN)/pytest -m ceph
+
+test-gpu: $(VENV)/.installed-dev  ## the tests that need a CUDA device
+	$(BIN)/pytest -m gpu tests/gpu
+
+test-pillow: $(VENV)/.installed-dev  ## the golden tiles under the oldest Pillow that is supported
+	$(PYTHON) -m venv $(VENV)-pillow
+	$(VENV)-pillow/bin/python -m pip install --quiet --disable-pip-version-check pillow==11.3.0 numpy pytest
+	$(VENV)-pillow/bin/python -m pytest -c /dev/null --rootdir . -q -p no:cacheprovider --noconftest tests/unit/pipeline/test_tiling_golden.py
+
+fmt: $(VENV)/.installed-dev  ## format the sources
+	$(BIN)/ruff check --fix --select I --quiet $(SOURCES)
+	$(BIN)/ruff format --quiet $(SOURCES)
+
+lint: $(VENV)/.installed-dev  ## ruff and strict types
+	$(BIN)/ruff format --check --quiet $(SOURCES)
+	$(BIN)/ruff check --quiet $(SOURCES)
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-dev  ## all benchmarks; results go to benchmarks/results/
+	$(BIN)/python -m benchmarks.stages
+	$(BIN)/python -m benchmarks.end_to_end
+	$(BIN)/python -m benchmarks.memory
+
+clean:  ## remove what the demo and the tests left
+	rm -rf tessera-demo .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,271 @@
+"""The `tessera` command: one thin function a verb.
+
+stdout carries results, stderr progress and logs. Users' mistakes are caught here, once, and become
+one line and exit status 2.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+from pydantic import BaseModel, ByteSize
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from jobs.config import (
+    ExtractOptions,
+    TilingOptions,
+    load_config,
+    parse_options,
+    tiling_of,
+    validate,
+)
+from jobs.terminal import BrokenRunError, claim_stderr
+from model.errors import UserError
+
+app = typer.Typer(
+    name="tessera",
+    help="Dataset-scale image feature extraction: WebDataset shards in, embedding shards out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its tables cut the names of options on a terminal of 80 columns
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Output = Annotated[str, typer.Argument(help="Folder or URL of the output.")]
+
+
+def options_of(model: type[BaseModel]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command every field of a pydantic model as an option of the same name.
+
+    Values arrive in the command's `options` argument as they were typed; only those given.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [
+            parameter
+            for parameter in inspect.signature(command, eval_str=True).parameters.values()
+            if parameter.name != "options"
+        ]
+        added = [_parameter(name, field) for name, field in model.model_fields.items()]
+
+        def run(**values: Any) -> None:
+            mine = {parameter.name: values[parameter.name] for parameter in own}
+            given = {
+                parameter.name: values[parameter.name]
+                for parameter in added
+                if values[parameter.name] is not None
+            }
+            command(**mine, options=given)
+
+        run.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in [*own, *added]}
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        return run
+
+    return decorate
+
+
+def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+    flag = "--" + name.replace("_", "-")
+    help_text = f"{field.description}  [{_default_text(name, field)}]"
+    if field.annotation is bool:
+        option = typer.Option(f"{flag}/--no{flag[1:]}", help=help_text, show_default=False)
+        annotation: Any = Annotated[bool | None, option]
+    else:
+        option = typer.Option(flag, help=help_text, show_default=False, metavar=_metavar(field))
+        annotation = Annotated[str | None, option]
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+    )
+
+
+def _default_text(name: str, field: FieldInfo) -> str:
+    default = field.default
+    if default is PydanticUndefined:
+        return "default: {}" if field.default_factory is not None else "required"
+    if default is None:
+        return "default: " + {"batch_tiles": "auto", "replicas": "all"}.get(name, "none")
+    if isinstance(default, tuple):
+        return "default: " + (",".join(default) or "none")
+    if isinstance(default, ByteSize):
+        return "default: " + default.human_readable()
+    text = str(default)
+    return "default: " + (text.lower() if isinstance(default, bool) else text)
+
+
+def _metavar(field: FieldInfo) -> str:
+    kind = field.annotation
+    if get_origin(kind) is Literal:
+        return "|".join(map(str, get_args(kind)))
+    text = str(kind)
+    for word, shown in (
+        ("ByteSize", "BYTES"),
+        ("dict", "JSON"),
+        ("tuple[int", "N|MIN:MAX"),
+        ("tuple", "NAME,…"),
+        ("int", "N"),
+        ("float", "NUMBER"),
+    ):
+        if word in text:
+            return shown
+    return "TEXT"
+
+
+@app.command("extract")
+@options_of(ExtractOptions)
+def extract_command(
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="INPUT... OUTPUT",
+            help="Shards, a folder, a glob, a brace range or @list.txt; then the output's folder "
+            "or URL. Anything fsspec opens.",
+        ),
+    ] = None,
+    *,
+    config: Annotated[Path | None, typer.Option(help="YAML file with any of the options.")] = None,
+    as_json: Json = False,
+    options: Mapping[str, Any],
+) -> None:
+    """Embed every picture of INPUT's shards into OUTPUT. Safe to run again at any time."""
+    given = dict(options)
+    if paths:
+        if len(paths) == 1:
+            raise UserError("extract: expected INPUT and OUTPUT, got one of them")
+        given |= {"input": tuple(paths[:-1]), "output": paths[-1]}
+    job = load_config(config, given)
+    # Imported here: a mistake in the options is told before torch and Ray are loaded.
+    from jobs.extract import extract
+    from jobs.show import show_summary
+
+    summary = extract(job)
+    if as_json:
+        print(json.dumps(summary.to_json(), indent=1))
+    else:
+        show_summary(summary, job.output)
+    raise typer.Exit(summary.exit_status)
+
+
+@app.command("demo")
+def demo_command(
+    folder: Annotated[
+        Path, typer.Argument(metavar="[DIR]", help="Folder for everything the demo makes.")
+    ] = Path("tessera-demo"),
+    as_json: Json = False,
+) -> None:
+    """Run the main job on pictures that ship with the project: no network, no GPU."""
+    from jobs.demo import run_demo
+
+    raise typer.Exit(run_demo(folder, as_json))
+
+
+@app.command("status")
+def status_command(
+    output: Output,
+    storage_options: Annotated[
+        str, typer.Option(help="Passed to fsspec, as a JSON object.", metavar="JSON")
+    ] = "{}",
+    as_json: Json = False,
+) -> None:
+    """Tell how far a run is, and what it has done so far."""
+    from jobs.show import show_status
+    from jobs.status import read_status
+
+    status = read_status(output, parse_options(storage_options))
+    if as_json:
+        print(json.dumps(status.to_json(), indent=1))
+    else:
+        show_status(status, output)
+
+
+@app.command("verify")
+def verify_command(
+    output: Output,
+    source: Annotated[
+        list[str] | None,
+        typer.Option("--input", help="Check keys, order and pictures against these shards too."),
+    ] = None,
+    recompute: Annotated[
+        int, typer.Option(min=0, help="Pictures to compute again with transformers' own model.")
+    ] = 0,
+    model: Annotated[
+        str | None, typer.Option(help="Checkpoint for --recompute, where it has moved.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of pictures.")] = 0,
+    storage_options: Annotated[
+        str, typer.Option(help="Passed to fsspec, as a JSON object.", metavar="JSON")
+    ] = "{}",
+    as_json: Json = False,
+) -> None:
+    """Prove that OUTPUT is whole: counts, checksums, order, finite values. Non-zero when not."""
+    from jobs.show import show_verification
+    from jobs.verify import verify
+
+    report = verify(
+        output,
+        inputs=tuple(source or ()),
+        recompute=recompute,
+        model=model,
+        seed=seed,
+        storage_options=parse_options(storage_options),
+    )
+    if as_json:
+        print(json.dumps(report.to_json(), indent=1))
+    else:
+        show_verification(report, output)
+    raise typer.Exit(1 if report.problems else 0)
+
+
+@app.command("inspect")
+@options_of(TilingOptions)
+def inspect_command(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture file.")],
+    *,
+    out: Annotated[
+        Path | None, typer.Option(help="PNG to write.  [default: IMAGE's name + .tiles.png]")
+    ] = None,
+    tile_size: Annotated[int, typer.Option(min=14, help="Side of a tile in pixels.")] = 448,
+    as_json: Json = False,
+    options: Mapping[str, Any],
+) -> None:
+    """Write a picture of how one image is tiled."""
+    from jobs.contact_sheet import caption
+    from jobs.inspect import inspect_picture
+
+    chosen = validate(TilingOptions, options)
+    written = out or image.with_name(f"{image.name}.tiles.png")
+    plan = inspect_picture(image, written, tiling_of(chosen, tile_size, tile_size))
+    if as_json:
+        print(json.dumps({"picture": str(written), **asdict(plan)}, indent=1))
+    else:
+        print(f"{image}: {caption(plan)}\n{written}")
+
+
+def main() -> None:
+    claim_stderr()
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
+    try:
+        app()
+    except UserError as error:
+        print(f"tessera: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenRunError as error:
+        print(f"tessera: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("tessera: stopped; what is committed stays, run it again to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""The Ray cluster a job runs on: found or started, and whether it can hold what was asked."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import ray
+from ray.exceptions import RayError
+
+from jobs.terminal import BrokenRunError, divert_native_stderr
+from model.errors import UserError
+from pipeline.ledger import LedgerError
+
+# Logical CPUs of a local cluster beyond its cores: reading, writing and the replica mostly wait,
+# and Ray ends idle workers above this number after a second, only to start them again.
+LOCAL_EXTRA_CPUS = 6
+# Tiles that travel together. The driver spends 6–12 ms a chunk, so GPUs want large ones;
+# a CPU embeds a few dozen tiles a second, and small ones keep it busy sooner and take less memory.
+GPU_CHUNK_TILES = 128
+CPU_CHUNK_TILES = 32
+CPU_BUFFER_BYTES = 384 << 20  # about twenty chunks between the stages
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Where the replicas run: device, smallest and largest number, and what flows beside them.
+
+    `chunk_tiles` is a function of the device alone: the same device gives the same chunks.
+    """
+
+    device: Literal["cpu", "cuda"]
+    replicas: tuple[int, int]
+    num_io_tasks: int
+    num_tile_tasks: int | None
+    chunk_tiles: int
+    buffer_bytes: int | None
+
+
+def connect(local: bool = False) -> bool:
+    """Connects to the cluster Ray finds (`RAY_ADDRESS`, or one on this machine), or starts one.
+
+    Gives whether it started one. stderr's descriptor 2 goes to a log file from here on.
+
+    Raises:
+        UserError: `RAY_ADDRESS` is set and nothing answers there.
+    """
+    # Their lines are about Ray's insides; what a user must know comes as an exception.
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    # A job of one shard makes it warn that its stages may run more tasks than that.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"ray\.data\.")
+    address = os.environ.get("RAY_ADDRESS")
+    if not local and address != "local":
+        try:
+            ray.init(address="auto", logging_level=logging.ERROR)
+        except ConnectionError as error:
+            if address:
+                reason = str(error).splitlines()[0]
+                raise UserError(f"RAY_ADDRESS {address}: no cluster answers ({reason})") from error
+    started_here = not ray.is_initialized()
+    if started_here:
+        # Threads of a CPU replica that wait by spinning take the cores from the tiling tasks.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        ray.init(
+            address="local",
+            num_cpus=(os.cpu_count() or 1) + LOCAL_EXTRA_CPUS,
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+        )
+    divert_native_stderr(log_folder() / "tessera-driver.err")
+    return started_here
+
+
+def log_folder() -> Path:
+    """Where Ray keeps the logs of this session, on this machine."""
+    return Path(ray._private.worker._global_node.get_logs_dir_path())
+
+
+@contextmanager
+def broken_runs_explained() -> Iterator[None]:
+    """Turns what Ray raises into one line. The line ends with the cause, not with Ray's account."""
+    try:
+        yield
+    except (RayError, LedgerError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise BrokenRunError(
+            f"the run broke off: {lines[-1] if lines else type(error).__name__}; what is committed "
+            f"stays, run it again to go on; Ray's logs: {log_folder()}"
+        ) from error
+
+
+def plan_pool(tensor_parallel: int, replicas: tuple[int, int] | None, started_here: bool) -> Pool:
+    """Decides where replicas go, before any of them starts.
+
+    `started_here` says that `connect` made the cluster, whose CPUs are more than the cores.
+
+    Raises:
+        UserError: the cluster cannot hold what was asked.
+    """
+    gpus = [int(n["Resources"].get("GPU", 0)) for n in ray.nodes() if n["Alive"]]
+    cpus = ray.cluster_resources().get("CPU", 0)
+    num_io_tasks = max(2, min(64, int(cpus) // 4))
+    num_tile_tasks = os.cpu_count() if started_here else None
+    if not any(gpus):
+        if tensor_parallel > 1:
+            raise UserError(
+                f"tensor_parallel {tensor_parallel}: the cluster has no GPUs; use 1, or add nodes "
+                f"with {tensor_parallel} GPUs each"
+            )
+        return Pool(
+            "cpu",
+            replicas or (1, 1),
+            num_io_tasks,
+            num_tile_tasks,
+            CPU_CHUNK_TILES,
+            CPU_BUFFER_BYTES,
+        )
+    room = sum(count // tensor_parallel for count in gpus)
+    if not room:
+        raise UserError(
+            f"tensor_parallel {tensor_parallel}: no node has that many GPUs (the largest has "
+            f"{max(gpus)}); use {max(gpus)} or less"
+        )
+    if tensor_parallel > 1:
+        raise UserError(
+            f"tensor_parallel {tensor_parallel}: this version keeps a model on one GPU; use 1"
+        )
+    if replicas is not None and replicas[0] > room:
+        raise UserError(
+            f"replicas {replicas[0]}: the cluster's GPUs hold {room}; ask for no more than that"
+        )
+    return Pool(
+        "cuda", replicas or (room, room), num_io_tasks, num_tile_tasks, GPU_CHUNK_TILES, None
+    )

@@ -1,0 +1,283 @@
+"""What users type: every option once, for the command line and for `--config` alike."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from model.errors import UserError
+from pipeline.records import TILE_FIELDS
+from pipeline.tiling import Tiling
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def _split(value: object) -> object:
+    """Lists are comma-separated on the command line."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _none(value: object) -> object:
+    return None if value == "none" else value
+
+
+def _json_object(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"expected a JSON object: {error}") from error
+
+
+def _replicas(value: object) -> object:
+    """`4`, `2:8` or `all`."""
+    if value == "all":
+        return None
+    if isinstance(value, int) and not isinstance(value, bool):
+        return (value, value)
+    if isinstance(value, str):
+        low, colon, high = value.partition(":")
+        if low.isdigit() and (not colon or high.isdigit()):
+            return (int(low), int(high if colon else low))
+        raise ValueError("expected a number, min:max, or all")
+    return value
+
+
+def _auto(value: object) -> object:
+    return None if value == "auto" else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+Feature = Literal["cls", "mean"]
+
+
+class TilingOptions(BaseModel):
+    """How a picture becomes tiles."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tiling: Literal["center-crop", "dynamic"] = Field(
+        "center-crop",
+        description="center-crop: the model card's CLIPImageProcessor; "
+        "dynamic: InternVL 1.5's 1 to max_tiles tiles.",
+    )
+    max_tiles: int = Field(12, ge=1, le=64, description="Most tiles of a picture (dynamic).")
+    thumbnail: bool = Field(
+        True, description="Add the whole picture as a tile when there is more than one (dynamic)."
+    )
+    max_upscale: Annotated[float | None, BeforeValidator(_none)] = Field(
+        None,
+        gt=0,
+        description="Rule out grids that enlarge a picture more than this many times linearly; "
+        "none: the reference rule.",
+    )
+    resize: Literal["exact", "fast"] = Field(
+        "exact",
+        description="exact: Pillow bicubic, the reference; fast: torch, at most 2 of 255 off.",
+    )
+
+
+class ExtractOptions(TilingOptions):
+    """Options of `extract`; names and defaults are promised to users."""
+
+    model: str = Field(description="Folder or hub id of an InternViT checkpoint.")
+    revision: str | None = Field(None, description="Hub commit; recorded resolved.")
+    features: Annotated[tuple[Feature, ...], BeforeValidator(_split)] = Field(
+        ("cls",),
+        min_length=1,
+        description="Any of cls (class token), mean (mean of the patch tokens).",
+    )
+    layer: int = Field(-1, description="Block whose output is taken; -1 is the last.")
+    format: Literal["parquet"] = Field("parquet", description="Of the embedding shards.")
+    embedding_dtype: Literal["float16", "float32"] = Field(
+        "float16", description="Of the written values."
+    )
+    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Of the computation.")
+    attention: Literal["auto", "sdpa"] = Field("auto", description="Attention kernel.")
+    tensor_parallel: int = Field(1, ge=1, description="GPUs that share one model.")
+    replicas: Annotated[tuple[int, int] | None, BeforeValidator(_replicas)] = Field(
+        None,
+        description="Number of models, or min:max for a pool that grows; all: as many as the "
+        "cluster's GPUs hold (on CPU: 1).",
+    )
+    batch_tiles: Annotated[int | None, BeforeValidator(_auto)] = Field(
+        None, ge=1, description="Tiles in one forward pass, or auto."
+    )
+    image_key: Names = Field(
+        ("jpg", "jpeg", "png", "webp", "bmp", "tif", "avif"),
+        min_length=1,
+        description="Extensions of the image member, in order of preference.",
+    )
+    carry: Names = Field((), description="Members to carry along, such as txt,json:url.")
+    accept_truncated: bool = Field(
+        False, description="Commit the whole samples of a tar that is cut short."
+    )
+    target_part_bytes: ByteSize = Field(
+        ByteSize(512 << 20), gt=0, description="Size of an output above which it is cut."
+    )
+    deadline_seconds: float = Field(
+        60.0, gt=0, description="Longest time for one picture or one storage request, in seconds."
+    )
+    max_reject_rate: float = Field(
+        0.25, ge=0, le=1, description="Share of rejects above which a shard is not committed."
+    )
+    storage_options: Annotated[dict[str, Any], BeforeValidator(_json_object)] = Field(
+        default_factory=dict,
+        repr=False,
+        description="Passed to fsspec, as a JSON object.",
+    )
+
+    @field_validator("image_key")
+    @classmethod
+    def _lower(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(extension.lower().removeprefix(".") for extension in value)
+
+    @field_validator("features", "image_key", "carry")
+    @classmethod
+    def _no_doubles(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError(f"expected each name once, got {','.join(value)}")
+        return value
+
+    @field_validator("carry")
+    @classmethod
+    def _no_collision(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        taken = {field.name for field in TILE_FIELDS} | {"cls", "mean"}
+        for name in value:
+            if name in taken:
+                raise ValueError(f"expected members other than the output's column {name!r}")
+        return value
+
+    @model_validator(mode="after")
+    def _replicas_in_order(self) -> ExtractOptions:
+        if self.replicas is not None and not 1 <= self.replicas[0] <= self.replicas[1]:
+            raise ValueError("replicas: expected 1 <= min <= max")
+        return self
+
+
+class ExtractConfig(ExtractOptions):
+    """A whole job: `input` and `output` may stand in a config file too."""
+
+    input: Annotated[tuple[str, ...], BeforeValidator(_split)] = Field(
+        min_length=1, description="Shards, folders, globs, brace ranges or @lists."
+    )
+    output: str = Field(min_length=1, description="Folder or URL of the output.")
+
+
+def load_config(file: Path | None, given: Mapping[str, Any]) -> ExtractConfig:
+    """Merges a config file with what the command line gives; the command line wins.
+
+    Raises:
+        UserError: an unknown key or a bad value; it names the key, where it stands, and what was
+            expected.
+    """
+    from_file = _read_yaml(file) if file is not None else {}
+    return validate(ExtractConfig, given, from_file, file)
+
+
+def validate(
+    model: type[M],
+    given: Mapping[str, Any],
+    from_file: Mapping[str, Any] = MappingProxyType({}),
+    file: Path | None = None,
+) -> M:
+    """Checks what was given on the command line and in a file.
+
+    Raises:
+        UserError: see `load_config`.
+    """
+    try:
+        return model.model_validate({**from_file, **given})
+    except ValidationError as error:
+        raise UserError(explain(error, file, given)) from error
+
+
+def tiling_of(options: TilingOptions, tile_size: int, resize_to: int) -> Tiling:
+    """The options with the sizes (pixels) that come from a checkpoint's preprocessor."""
+    return Tiling(
+        mode=options.tiling,
+        tile_size=tile_size,
+        resize_to=resize_to,
+        max_tiles=options.max_tiles,
+        thumbnail=options.thumbnail,
+        max_upscale=options.max_upscale,
+        resize=options.resize,
+    )
+
+
+def explain(error: ValidationError, file: Path | None, given: Mapping[str, Any]) -> str:
+    """One line for each thing wrong: where it stands, its key, and what was expected."""
+    lines = []
+    for detail in error.errors():
+        key = str(detail["loc"][0]) if detail["loc"] else ""
+        place = "command line" if key in given or file is None else str(file)
+        message = detail["msg"].removeprefix("Value error, ")
+        message = message[0].lower() + message[1:]
+        if detail["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key, ExtractConfig.model_fields, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            message = f"unknown key{hint}"
+        elif detail["type"] == "missing":
+            message = f"missing; give --{key.replace('_', '-')} or set it in a --config file"
+            if key in ("input", "output"):
+                message = f"missing; give {key.upper()} or set it in a --config file"
+        elif key and key != "storage_options":
+            message = f"{message.removesuffix('.')}, got {detail['input']!r}"
+        lines.append(f"{place}: {key}: {message}" if key else f"{place}: {message}")
+    return "; ".join(dict.fromkeys(lines))
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not YAML: {_yaml_fault(error)}") from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise UserError(f"{file}: expected keys and values, got {type(loaded).__name__}")
+    return {str(key): value for key, value in loaded.items()}
+
+
+def _yaml_fault(error: Exception) -> str:
+    """What is wrong and where, without the line itself: it may hold a secret."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return " ".join(str(error).split())
+    mark = error.problem_mark
+    return f"{error.problem}, line {mark.line + 1}, column {mark.column + 1}"
+
+
+def parse_options(text: str) -> dict[str, Any]:
+    """`storage_options` of the small commands.
+
+    Raises:
+        UserError: not a JSON object.
+    """
+    try:
+        parsed = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"storage_options: expected a JSON object: {error}") from error
+    if not isinstance(parsed, dict):
+        raise UserError("storage_options: expected a JSON object")
+    return parsed

@@ -1,0 +1,252 @@
+"""`tessera extract`: the main job."""
+
+from __future__ import annotations
+
+import secrets
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import ray
+
+from jobs.cluster import Pool, broken_runs_explained, connect, plan_pool
+from jobs.config import ExtractConfig, tiling_of
+from jobs.progress import Reporter
+from model.checkpoint import Checkpoint, open_checkpoint, weights_digest
+from model.config import count_blocks
+from pipeline.chunks import TileSettings
+from pipeline.commits import (
+    RUNS,
+    Dataset,
+    Failure,
+    committed_shards,
+    open_output,
+    stray_files,
+)
+from pipeline.dataflow import FlowSettings, Tally, run_shards
+from pipeline.embedding import PartSettings
+from pipeline.replica import ReplicaSettings
+from pipeline.samples import ReadSettings
+from pipeline.shards import list_shards, probe_shards
+from pipeline.storage import Storage, explained, join, shared
+from pipeline.writers import FinalizeSettings
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run did. `interrupted` is the signal that stopped it."""
+
+    shards: int
+    committed_before: int
+    committed: int
+    samples: int
+    tiles: int
+    rejects: dict[str, int]
+    failures: tuple[Failure, ...]
+    seconds: float
+    interrupted: int | None = None
+
+    @property
+    def exit_status(self) -> int:
+        if self.interrupted is not None:
+            return 128 + self.interrupted
+        return 1 if self.failures else 0
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "shards": self.shards,
+            "committed_before": self.committed_before,
+            "committed": self.committed,
+            "samples": self.samples,
+            "tiles": self.tiles,
+            "rejects": self.rejects,
+            "failures": {failure.shard: failure.reason for failure in self.failures},
+            "seconds": round(self.seconds, 2),
+            "tiles_per_second": round(self.tiles / self.seconds, 2) if self.seconds else 0.0,
+            "interrupted": self.interrupted is not None,
+        }
+
+
+def extract(config: ExtractConfig, local_cluster: bool = False) -> Summary:
+    """Computes and commits every shard of INPUT that OUTPUT does not have yet.
+
+    Raises:
+        UserError: the request cannot be met; nothing was started.
+    """
+    config = config.model_copy(
+        update={
+            "output": shared(config.output),
+            "model": shared(config.model) if Path(config.model).is_dir() else config.model,
+        }
+    )
+    storage = Storage(config.storage_options, config.deadline_seconds)
+    checkpoint = open_checkpoint(config.model, config.revision)
+    dataset = describe(config, checkpoint)
+    shards = list_shards(config.input, storage)
+    probe_shards(shards, storage)
+    open_output(config.output, dataset, storage)
+    with explained("list", config.output):
+        committed = committed_shards(config.output, storage)
+        pending = [shard for shard in shards if shard.name not in committed]
+        strays = stray_files(config.output, committed, storage)
+        storage.remove(*(join(config.output, name) for name in strays))
+    before = len(shards) - len(pending)
+    if not pending:
+        remove_runs(config.output, storage)
+        return Summary(len(shards), before, 0, 0, 0, {}, (), 0.0)
+    run = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
+    with (
+        Reporter(config.output, run, storage) as reporter,
+        stop_on_signal() as stop,
+        redirect_stdout(sys.stderr),  # Ray prints what workers say; stdout is for the result alone
+    ):
+        started_here = connect(local_cluster)
+        try:
+            pool = plan_pool(config.tensor_parallel, config.replicas, started_here)
+            settings = flow_settings(config, checkpoint, dataset, pool, storage, run)
+            with broken_runs_explained():
+                tally = run_shards(pending, settings, reporter.tick, stop.event)
+        finally:
+            ray.shutdown()
+        finish_run(config.output, run, reporter, tally, storage, stop.signum)
+        return Summary(
+            len(shards),
+            before,
+            tally.committed,
+            tally.samples,
+            tally.tiles,
+            dict(tally.rejects),
+            tuple(tally.failures),
+            reporter.seconds(),
+            stop.signum,
+        )
+
+
+def describe(config: ExtractConfig, checkpoint: Checkpoint) -> Dataset:
+    """What decides the output's values and columns; see `Dataset`."""
+    num_blocks = count_blocks(checkpoint.config, config.layer)
+    preprocessor = checkpoint.preprocessor
+    dynamic = {
+        "max_tiles": config.max_tiles,
+        "thumbnail": config.thumbnail,
+        "max_upscale": config.max_upscale,
+    }
+    settings: dict[str, Any] = {
+        "tiling": config.tiling,
+        **(dynamic if config.tiling == "dynamic" else {"resize_to": preprocessor.resize_to}),
+        "tile_size": preprocessor.crop,
+        "mean": preprocessor.mean,
+        "std": preprocessor.std,
+        "resize": config.resize,
+        "layer": num_blocks - 1,
+        "format": config.format,
+        "embedding_dtype": config.embedding_dtype,
+        "dtype": config.dtype,
+        "image_key": config.image_key,
+        "carry": config.carry,
+    }
+    return Dataset.describe(
+        model=config.model,
+        revision=checkpoint.revision,
+        weights_digest=weights_digest(checkpoint),
+        settings=settings,
+        features=dict.fromkeys(config.features, checkpoint.config.hidden_size),
+        version=version("tessera"),
+    )
+
+
+def flow_settings(
+    config: ExtractConfig,
+    checkpoint: Checkpoint,
+    dataset: Dataset,
+    pool: Pool,
+    storage: Storage,
+    run: str,
+) -> FlowSettings:
+    preprocessor = checkpoint.preprocessor
+    parts = PartSettings(
+        storage, config.output, run, dataset.features, config.embedding_dtype, config.carry
+    )
+    return FlowSettings(
+        read=ReadSettings(storage, config.image_key, config.carry, config.accept_truncated),
+        tile=TileSettings(
+            tiling_of(config, preprocessor.crop, preprocessor.resize_to),
+            config.carry,
+            config.deadline_seconds,
+            pool.chunk_tiles,
+        ),
+        replica=ReplicaSettings(
+            model=config.model,
+            revision=checkpoint.revision,
+            weights_digest=dataset.weights_digest,
+            device=pool.device,
+            dtype=config.dtype,
+            attention=config.attention,
+            layer=config.layer,
+            batch_tiles=config.batch_tiles,
+            parts=parts,
+            cpu_sharers=pool.replicas[1],
+        ),
+        finalize=FinalizeSettings(parts, dataset.fingerprint, int(config.target_part_bytes)),
+        replicas=pool.replicas,
+        num_io_tasks=pool.num_io_tasks,
+        num_tile_tasks=pool.num_tile_tasks,
+        max_reject_rate=config.max_reject_rate,
+        buffer_bytes=pool.buffer_bytes,
+    )
+
+
+def finish_run(
+    output: str,
+    run: str,
+    reporter: Reporter,
+    tally: Tally,
+    storage: Storage,
+    interrupted: int | None,
+) -> None:
+    """Leaves nothing behind after a run that ended well, else the record of what is missing."""
+    if tally.failures or interrupted is not None:
+        storage.remove(join(output, RUNS, run, "parts"))
+        reporter.record(tally, ended=True)
+    else:
+        remove_runs(output, storage)
+
+
+def remove_runs(output: str, storage: Storage) -> None:
+    storage.remove(join(output, RUNS))
+
+
+@dataclass
+class Stop:
+    """Set by the first Ctrl-C or SIGTERM; a second one ends the process at once."""
+
+    event: threading.Event
+    signum: int | None = None
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[Stop]:
+    stop = Stop(threading.Event())
+    before: dict[signal.Signals, Any] = {}
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        stop.signum = signum
+        stop.event.set()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

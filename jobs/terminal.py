@@ -1,0 +1,36 @@
+"""stderr as a user sees it: this program's lines and its workers', not those of Ray's native code.
+
+Ray's C++ core writes errors about its own insides ("Actor … has constructor arguments in the object
+store") to descriptor 2 of the driver. No setting keeps them to its log file: RAY_BACKEND_LOG_LEVEL
+adds a line of its own for every process.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+
+class BrokenRunError(Exception):
+    """The cluster failed while a job ran. One line; what is committed stays."""
+
+
+_claimed = False
+
+
+def claim_stderr() -> None:
+    """Lets this process print to another descriptor than 2. To be called before anything prints."""
+    global _claimed
+    shown = os.dup(sys.stderr.fileno())
+    sys.stderr = os.fdopen(
+        shown, "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace"
+    )
+    _claimed = True
+
+
+def divert_native_stderr(file: Path) -> None:
+    """Sends what is written to descriptor 2 itself to a file, where stderr has been claimed."""
+    if _claimed:
+        with file.open("ab") as sink:
+            os.dup2(sink.fileno(), 2)

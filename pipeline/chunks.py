@@ -1,0 +1,214 @@
+"""From a group of encoded samples to chunks of tiles.
+
+A chunk is a run of tiles of one shard that travels together: one row, one block, one task of the
+replica. Its boundaries follow from the pictures' headers alone, before any pixel is decoded, so a
+picture that fails or runs out of time never moves the pictures behind it into another chunk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pipeline.records import (
+    Head,
+    Reject,
+    Row,
+    Seconds,
+    from_ipc,
+    one_row,
+    rejects_table,
+    tile_schema,
+    to_ipc,
+)
+from pipeline.samples import GroupRow
+from pipeline.tiling import PictureError, TilePlan, Tiling, cut_tiles, picture_size, plan_tiles
+
+
+@dataclass(frozen=True)
+class TileSettings:
+    """deadline_seconds: longest time one picture may take to decode and cut."""
+
+    tiling: Tiling
+    carry: tuple[str, ...]
+    deadline_seconds: float
+    chunk_tiles: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tiles [n, S, S, 3] uint8, a row of metadata for each, and the samples rejected so far."""
+
+    head: Head
+    rows: pa.Table
+    rejects: pa.Table
+    tiles: npt.NDArray[np.uint8]
+
+    def dump(self) -> Row:
+        return one_row(
+            head=self.head.dump(),
+            rows=to_ipc(self.rows),
+            rejects=to_ipc(self.rejects),
+            tiles=self.tiles,
+        )
+
+    @staticmethod
+    def load(row: Row) -> Chunk:
+        return Chunk(
+            Head.load(row["head"][0]),
+            from_ipc(row["rows"][0]),
+            from_ipc(row["rejects"][0]),
+            row["tiles"][0],
+        )
+
+
+@dataclass(frozen=True)
+class PlannedPicture:
+    """A sample whose header could be read, and how it will be cut."""
+
+    sample: dict[str, Any]
+    plan: TilePlan
+
+
+def tile_group(group: GroupRow, settings: TileSettings) -> Iterator[Chunk]:
+    """Decodes and cuts the pictures of a group. The last chunk carries the shard's end, if any."""
+    began = time.perf_counter()
+    planned, rejects = _plan(group, settings.tiling)
+    runs = _runs(planned, settings.chunk_tiles)
+    for number, run in enumerate(runs):
+        last = number == len(runs) - 1
+        rows, run_rejects, tiles = _cut(run, settings)
+        seconds = Seconds(
+            read=group.head.seconds.read if number == 0 else 0.0, tile=time.perf_counter() - began
+        )
+        yield Chunk(
+            replace(
+                group.head,
+                chunk=number,
+                last_chunk=last,
+                end=group.head.end if last else None,
+                seconds=seconds,
+            ),
+            rows,
+            pa.concat_tables(
+                [*([group.rejects, rejects_table(rejects)] if number == 0 else []), run_rejects]
+            ),
+            tiles,
+        )
+        began = time.perf_counter()
+
+
+def _plan(group: GroupRow, tiling: Tiling) -> tuple[list[PlannedPicture], list[Reject]]:
+    planned, rejects = [], []
+    for sample in group.samples.to_pylist():
+        try:
+            width, height = picture_size(sample["data"])
+            planned.append(PlannedPicture(sample, plan_tiles(width, height, tiling)))
+        except PictureError as error:
+            rejects.append(_reject(sample, error))
+    return planned, rejects
+
+
+def _runs(planned: list[PlannedPicture], chunk_tiles: int) -> list[list[PlannedPicture]]:
+    """Whole pictures, at most `chunk_tiles` tiles together; always at least one run."""
+    runs: list[list[PlannedPicture]] = [[]]
+    filled = 0
+    for picture in planned:
+        if runs[-1] and filled + picture.plan.tile_count > chunk_tiles:
+            runs.append([])
+            filled = 0
+        runs[-1].append(picture)
+        filled += picture.plan.tile_count
+    return runs
+
+
+def _cut(
+    run: list[PlannedPicture], settings: TileSettings
+) -> tuple[pa.Table, pa.Table, npt.NDArray[np.uint8]]:
+    side = settings.tiling.tile_size
+    total = sum(picture.plan.tile_count for picture in run)
+    tiles = np.empty((total, side, side, 3), dtype=np.uint8)
+    rows: list[dict[str, Any]] = []
+    rejects: list[Reject] = []
+    filled = 0
+    for picture in run:
+        sample, plan = picture.sample, picture.plan
+        try:
+            with deadline(settings.deadline_seconds):
+                out = tiles[filled : filled + plan.tile_count]
+                cut_tiles(sample["data"], settings.tiling, plan, out)
+        except PictureError as error:
+            rejects.append(_reject(sample, error))
+            continue
+        filled += plan.tile_count
+        rows += _tile_rows(sample, plan, settings.carry)
+    table = pa.Table.from_pylist(rows, tile_schema(settings.carry))
+    return table, rejects_table(rejects), tiles[:filled]
+
+
+def _tile_rows(
+    sample: dict[str, Any], plan: TilePlan, carry: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    digest = hashlib.sha256(sample["data"]).digest()
+    shared = {
+        "key": sample["key"],
+        "sample_index": sample["sample_index"],
+        "tile_count": plan.tile_count,
+        "width": plan.width,
+        "height": plan.height,
+        "image_sha256": digest,
+        **{name: sample[name] for name in carry},
+    }
+    return [
+        {
+            **shared,
+            "tile_index": index,
+            "is_thumbnail": plan.has_thumbnail and index == plan.tile_count - 1,
+            "tile_box": box,
+        }
+        for index, box in enumerate(plan.boxes)
+    ]
+
+
+def _reject(sample: dict[str, Any], error: PictureError) -> Reject:
+    return Reject(
+        sample["key"],
+        sample["sample_index"],
+        sample["member"],
+        error.stage,
+        error.code,
+        error.message,
+    )
+
+
+@contextmanager
+def deadline(seconds: float) -> Iterator[None]:
+    """Ends a picture that takes too long, between two Python instructions.
+
+    Raises:
+        PictureError: code `deadline`.
+    """
+    # Signals reach the main thread only; Ray runs tasks there.
+    assert threading.current_thread() is threading.main_thread()
+
+    def expire(signum: int, frame: FrameType | None) -> None:
+        raise PictureError("decode", "deadline", f"took longer than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -1,0 +1,235 @@
+"""What makes output exist: `dataset.json`, one commit for each shard, and the name of every file.
+
+A shard exists for readers if and only if its commit does; the commit is written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NoReturn, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from model.errors import UserError
+from pipeline.records import SCHEMA_VERSION
+from pipeline.storage import TEMPORARY, Storage, explained, join, redact
+
+logger = logging.getLogger(__name__)
+
+DATASET = "dataset.json"
+RUNS = "_runs"
+R = TypeVar("R", bound="Record")
+
+
+class Record(BaseModel):
+    """A JSON document on storage; unknown or missing fields are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def dump(self) -> bytes:
+        return (self.model_dump_json(indent=1) + "\n").encode()
+
+    @classmethod
+    def parse(cls: type[R], data: bytes, url: str) -> R:
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the document"
+            raise UserError(f"{redact(url)}: {where}: {first['msg']}") from error
+
+
+class PartFile(Record):
+    """One published object, by its path below OUTPUT."""
+
+    path: str
+    bytes: int
+    sha256: str
+    rows: int
+
+
+class Source(Record):
+    """The input shard as it was when it was read."""
+
+    url: str
+    size: int
+    etag: str | None
+
+
+class StageSeconds(Record):
+    """Seconds of work spent on the shard, summed over its tasks."""
+
+    read: float
+    tile: float
+    embed: float
+    write: float
+
+
+class Commit(Record):
+    """`samples` in the tar = distinct samples in `parts` + rows in `rejects_part`."""
+
+    schema_version: int
+    fingerprint: str
+    shard: str
+    source: Source
+    samples: int
+    tiles: int
+    rejects: int
+    truncated_at: int | None
+    parts: tuple[PartFile, ...]
+    rejects_part: PartFile | None
+    seconds: StageSeconds
+    committed_at: str
+
+
+class Dataset(Record):
+    """What made OUTPUT. `settings` are the options that decide its values and columns."""
+
+    schema_version: int
+    fingerprint: str
+    tessera_version: str
+    model: str
+    revision: str | None
+    weights_digest: str
+    settings: dict[str, Any]
+    features: dict[str, int]
+
+    @staticmethod
+    def describe(
+        model: str,
+        revision: str | None,
+        weights_digest: str,
+        settings: dict[str, Any],
+        features: dict[str, int],
+        version: str,
+    ) -> Dataset:
+        """The fingerprint covers everything that decides a value or a column, not the paths."""
+        settings = json.loads(json.dumps(settings))  # as it will be read back: lists, no tuples
+        decides = {
+            "schema_version": SCHEMA_VERSION,
+            "weights_digest": weights_digest,
+            "settings": settings,
+            "features": features,
+        }
+        text = json.dumps(decides, sort_keys=True, separators=(",", ":"))
+        return Dataset(
+            schema_version=SCHEMA_VERSION,
+            fingerprint=hashlib.sha256(text.encode()).hexdigest(),
+            tessera_version=version,
+            model=model,
+            revision=revision,
+            weights_digest=weights_digest,
+            settings=settings,
+            features=features,
+        )
+
+
+class Failure(Record):
+    """A shard that could not be committed; the next run tries it again."""
+
+    shard: str
+    reason: str
+
+
+class Progress(Record):
+    """How far a run is; kept below `_runs` and gone when a run has ended well."""
+
+    started_at: str
+    updated_at: str
+    ended: bool
+    shards: int
+    committed: int
+    failures: tuple[Failure, ...]
+    tiles: int
+    rejects: int
+    tiles_per_second: float
+
+
+def commit_url(output: str, shard: str) -> str:
+    return join(output, "commits", f"{shard}.json")
+
+
+def open_output(output: str, wanted: Dataset, storage: Storage) -> None:
+    """Makes OUTPUT, or checks that it was made with the same fingerprint.
+
+    Raises:
+        UserError: OUTPUT holds something else, or shards made with other settings.
+    """
+    url = join(output, DATASET)
+    with explained("write to", output):
+        if storage.exists(url):
+            found = Dataset.parse(storage.read(url), url)
+            if found.fingerprint == wanted.fingerprint:
+                return
+            if committed_shards(output, storage):
+                _refuse_other(output, found, wanted)
+            logger.warning("%s: nothing is committed there; its settings change", redact(output))
+            storage.publish_bytes(url, wanted.dump())
+            return
+        file = next(iter(storage.list_files(output)), None)
+        if file is not None and not TEMPORARY.search(file):
+            raise UserError(
+                f"{redact(output)}: holds files (such as {file}) but no {DATASET}; "
+                "give a new or empty OUTPUT"
+            )
+        storage.publish_bytes(url, wanted.dump())
+
+
+def read_dataset(output: str, storage: Storage) -> Dataset:
+    url = join(output, DATASET)
+    with explained("read", url):
+        if not storage.exists(url):
+            raise UserError(f"{redact(output)}: no {DATASET} there; is it an OUTPUT of `extract`?")
+        return Dataset.parse(storage.read(url), url)
+
+
+def _refuse_other(output: str, found: Dataset, wanted: Dataset) -> NoReturn:
+    old = {**found.settings, "weights": found.weights_digest[:12], "features": found.features}
+    new = {**wanted.settings, "weights": wanted.weights_digest[:12], "features": wanted.features}
+    changed = [
+        f"{name}: {old.get(name)} there, {new.get(name)} asked"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+    if found.schema_version != wanted.schema_version:
+        changed.append(f"schema {found.schema_version} there, {wanted.schema_version} asked")
+    raise UserError(
+        f"{redact(output)}: made with other settings ({'; '.join(changed)}); "
+        "ask for the same or give another OUTPUT"
+    )
+
+
+def committed_shards(output: str, storage: Storage) -> set[str]:
+    """Names of the shards that are committed, by one listing."""
+    names = storage.list_files(join(output, "commits"))
+    return {name.removesuffix(".json") for name in names if name.endswith(".json")}
+
+
+def read_commits(output: str, shards: Iterable[str], storage: Storage) -> list[Commit]:
+    """The commits of these shards, in order, read side by side."""
+
+    def read(shard: str) -> Commit:
+        url = commit_url(output, shard)
+        return Commit.parse(storage.read(url), url)
+
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(read, shards))
+
+
+def stray_files(output: str, committed: set[str], storage: Storage) -> list[str]:
+    """Files that a dead run left: temporary names, old runs, parts of shards without a commit."""
+    strays = []
+    for name in storage.list_files(output):
+        folder, _, rest = name.partition("/")
+        if folder == RUNS or TEMPORARY.search(name):
+            strays.append(name)
+        elif folder in ("embeddings", "rejects"):
+            shard = re.sub(r"\.[a-z]+$", "", rest)
+            if shard not in committed and re.sub(r"-\d{5}$", "", shard) not in committed:
+                strays.append(name)
+    return sorted(strays)

@@ -1,0 +1,242 @@
+"""The flow through Ray Data: read → tile → embed → write, then one finalize task for each shard.
+
+One row = one chunk = one block: with `target_max_block_size = 1` Ray neither merges nor slices
+blocks, so chunks of different shards never mix. The driver sees small rows only and keeps the
+ledger.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext, Dataset, ExecutionResources, TaskPoolStrategy
+from ray.exceptions import RayError
+
+from model.errors import UserError
+from pipeline.chunks import TileSettings
+from pipeline.commits import Commit, Failure
+from pipeline.ledger import CompleteShard, Ledger
+from pipeline.records import Part, Shard
+from pipeline.replica import Deaths, Replica, ReplicaSettings
+from pipeline.samples import ReadSettings
+from pipeline.stages import finalize_stage, read_stage, tile_stage, write_stage
+from pipeline.writers import FinalizeSettings
+
+logger = logging.getLogger(__name__)
+
+WAVE_SHARDS = 2000  # building a Dataset of 1 k shards takes 1.2 s, of 10 k shards 15 s
+IO_CPUS = 0.25  # reading and writing wait more than they compute
+TILE_CPUS = 1.0
+CPU_REPLICA_CPUS = 0.5  # unlike TILE_CPUS, or Ray would fuse tiling into the actor
+TICK_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class FlowSettings:
+    """Everything the stages need.
+
+    Args:
+        replicas: smallest and largest size of the pool.
+        num_io_tasks: shards read at once, so that a shard's parts come close together; parts
+            written at once; shards finalized at once.
+        num_tile_tasks: groups tiled at once (None: as many as there are CPUs).
+        buffer_bytes: what may wait between the stages (None: half of Ray's object store).
+    """
+
+    read: ReadSettings
+    tile: TileSettings
+    replica: ReplicaSettings
+    finalize: FinalizeSettings
+    replicas: tuple[int, int]
+    num_io_tasks: int
+    num_tile_tasks: int | None
+    max_reject_rate: float
+    buffer_bytes: int | None = None
+
+
+@dataclass
+class Tally:
+    """How far a run is. Tiles and rejects are counted when their part is written."""
+
+    shards: int
+    committed: int = 0
+    tiles: int = 0
+    rejects: Counter[str] = field(default_factory=Counter)
+    failures: list[Failure] = field(default_factory=list)
+    samples: int = 0
+
+
+def run_shards(
+    shards: Sequence[Shard],
+    settings: FlowSettings,
+    tick: Callable[[Tally], None],
+    stop: threading.Event,
+) -> Tally:
+    """Computes and commits shards, wave by wave, until all are done or `stop` is set.
+
+    `tick` is called about twice a second. When stopped, shards whose parts have all come are
+    still committed.
+
+    Raises:
+        ray.exceptions.RayError: the flow itself broke; what is committed stays.
+        LedgerError: a chunk came twice.
+    """
+    tally = Tally(len(shards))
+    for start in range(0, len(shards), WAVE_SHARDS):
+        if not stop.is_set():
+            Wave(shards[start : start + WAVE_SHARDS], settings, tally, stop).run(tick)
+    return tally
+
+
+class Wave:
+    """One execution of the dataset over some shards, and the finalize tasks that follow from it."""
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        settings: FlowSettings,
+        tally: Tally,
+        stop: threading.Event,
+    ) -> None:
+        self._settings = settings
+        self._tally = tally
+        self._stop = stop
+        self._ledger = Ledger(shard.name for shard in shards)
+        self._finalizing: dict[Any, str] = {}
+        self._rows: queue.Queue[Part | Exception | None] = queue.Queue(maxsize=1000)
+        self._dataset = build_dataset(shards, settings)
+
+    def run(self, tick: Callable[[Tally], None]) -> None:
+        threading.Thread(target=self._consume, name="ray-data", daemon=True).start()
+        ended = False
+        while not ended and not self._stop.is_set():
+            with suppress(queue.Empty):
+                ended = not self._take(self._rows.get(timeout=TICK_SECONDS))
+            self._collect(timeout=0)
+            tick(self._tally)
+        while self._stop.is_set() and not self._rows.empty():
+            self._take(self._rows.get_nowait())
+        while self._finalizing:
+            self._collect(timeout=TICK_SECONDS)
+            tick(self._tally)
+        if ended:
+            for name in self._ledger.incomplete():
+                self._fail(name, "some of its chunks never came; run the job again")
+
+    def _consume(self) -> None:
+        """Runs in its own thread: Ray's iterator blocks, and Ctrl-C must be heard meanwhile."""
+        try:
+            for row in self._dataset.iter_rows():
+                self._rows.put(Part.load(row["part"]))
+            self._rows.put(None)
+        except Exception as error:  # noqa: BLE001 raised again in the main thread
+            self._rows.put(error)
+
+    def _take(self, item: Part | Exception | None) -> bool:
+        """Books one row; False when it was the last."""
+        if item is None:
+            return False
+        if isinstance(item, Exception):
+            raise item
+        self._tally.tiles += item.tiles
+        self._tally.rejects.update(item.rejects)
+        complete = self._ledger.add(item)
+        if complete is not None:
+            self._finish(complete)
+        return True
+
+    def _finish(self, shard: CompleteShard) -> None:
+        failure = shard.failure or _too_many_rejects(shard, self._settings.max_reject_rate)
+        if failure is not None:
+            self._fail(shard.name, failure)
+            return
+        while len(self._finalizing) >= self._settings.num_io_tasks:
+            self._collect(timeout=TICK_SECONDS)
+        task = ray.remote(num_cpus=0)(finalize_stage)
+        self._finalizing[task.remote(shard, self._settings.finalize)] = shard.name
+
+    def _collect(self, timeout: float) -> None:
+        if not self._finalizing:
+            return
+        done, _ = ray.wait(list(self._finalizing), num_returns=1, timeout=timeout)
+        for reference in done:
+            name = self._finalizing.pop(reference)
+            try:
+                commit = Commit.parse(ray.get(reference), name)
+            except (OSError, UserError, RayError) as error:  # the task's own type, or Ray's
+                self._fail(name, str(error).splitlines()[-1])
+                continue
+            self._tally.committed += 1
+            self._tally.samples += commit.samples
+
+    def _fail(self, name: str, reason: str) -> None:
+        logger.error("shard %s is not committed: %s", name, reason)
+        self._tally.failures.append(Failure(shard=name, reason=reason))
+
+
+def _too_many_rejects(shard: CompleteShard, limit: float) -> str | None:
+    count = shard.rejects.total()
+    if not count or count <= limit * shard.end.samples:
+        return None
+    codes = ", ".join(f"{code} {times}" for code, times in shard.rejects.most_common(3))
+    return (
+        f"{count} of {shard.end.samples} samples were rejected ({codes}), "
+        f"more than max_reject_rate {limit:g} allows"
+    )
+
+
+def build_dataset(shards: Sequence[Shard], settings: FlowSettings) -> Dataset:
+    """The plan: four stages of different resources, so that Ray keeps them apart."""
+    context = DataContext.get_current()
+    context.target_max_block_size = 1
+    context.enable_progress_bars = False
+    context.max_errored_blocks = 0
+    context.print_on_execution_start = False
+    context.execution_options.resource_limits = ExecutionResources.for_limits(
+        object_store_memory=settings.buffer_bytes
+    )
+
+    smallest, largest = settings.replicas
+    on_gpu = settings.replica.device == "cuda"
+    resources: dict[str, float] = {"num_gpus": 1} if on_gpu else {"num_cpus": CPU_REPLICA_CPUS}
+    items = [{"url": shard.url, "name": shard.name} for shard in shards]
+    return (
+        ray.data.from_items(items, override_num_blocks=len(items))
+        .map_batches(
+            read_stage,
+            batch_size=1,
+            fn_kwargs={"settings": settings.read},
+            num_cpus=IO_CPUS,
+            compute=TaskPoolStrategy(size=settings.num_io_tasks),
+        )
+        .map_batches(
+            tile_stage,
+            batch_size=1,
+            fn_kwargs={"settings": settings.tile},
+            num_cpus=TILE_CPUS,
+            compute=TaskPoolStrategy(size=settings.num_tile_tasks),
+        )
+        .map_batches(
+            Replica,
+            batch_size=1,
+            fn_constructor_args=(settings.replica, ray.remote(num_cpus=0)(Deaths).remote()),
+            compute=ActorPoolStrategy(min_size=smallest, max_size=largest),
+            **resources,
+        )
+        .map_batches(
+            write_stage,
+            batch_size=1,
+            fn_kwargs={"settings": settings.finalize},
+            num_cpus=IO_CPUS,
+            compute=TaskPoolStrategy(size=settings.num_io_tasks),
+        )
+    )

@@ -1,0 +1,239 @@
+"""From the members of a tar to groups of samples, by WebDataset's key rules.
+
+A group is what one tiling task takes. Its boundaries depend on the shard's content alone: Ray
+repeats a broken generator task by skipping as many outputs as it had seen, so a second attempt must
+give the same groups in the same order.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.records import (
+    Head,
+    Reject,
+    Row,
+    Seconds,
+    Shard,
+    ShardEnd,
+    carried_field,
+    from_ipc,
+    one_row,
+    rejects_table,
+    sample_schema,
+    to_ipc,
+)
+from pipeline.storage import Storage, StorageError
+from pipeline.tar_stream import BrokenShardError, Member, read_members
+
+logger = logging.getLogger(__name__)
+
+KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)$")
+GROUP_SAMPLES = 128
+GROUP_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class ReadSettings:
+    """image_key: extensions of the image member, the preferred first; carry: members to keep."""
+
+    storage: Storage
+    image_key: tuple[str, ...]
+    carry: tuple[str, ...] = ()
+    accept_truncated: bool = False
+
+
+@dataclass
+class Sample:
+    """The members of one key, as far as they are needed."""
+
+    key: str
+    index: int
+    members: dict[str, Member] = field(default_factory=dict)
+    duplicate: str | None = None
+    cut: bool = False
+
+
+@dataclass
+class Group:
+    """Samples that are tiled by one task, and the samples already rejected among them."""
+
+    number: int
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    rejects: list[Reject] = field(default_factory=list)
+    num_bytes: int = 0
+
+    def is_full(self) -> bool:
+        count = len(self.rows) + len(self.rejects)
+        return count >= GROUP_SAMPLES or self.num_bytes >= GROUP_BYTES
+
+
+@dataclass(frozen=True)
+class GroupRow:
+    """One group on its way from the reading to the tiling task."""
+
+    head: Head
+    samples: pa.Table
+    rejects: pa.Table
+
+    def dump(self) -> Row:
+        return one_row(
+            head=self.head.dump(), samples=to_ipc(self.samples), rejects=to_ipc(self.rejects)
+        )
+
+    @staticmethod
+    def load(row: Row) -> GroupRow:
+        return GroupRow(
+            Head.load(row["head"][0]), from_ipc(row["samples"][0]), from_ipc(row["rejects"][0])
+        )
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """WebDataset's key and lower-cased extension of a member; None where it has no key.
+
+    The key is the path up to the first dot of its last component. The rule is that of
+    `base_plus_ext` in webdataset/tariterators.py, which cannot be imported without torch.
+    """
+    found = KEY.match(name)
+    return None if found is None else (found[1], found[2].lower())
+
+
+def read_samples(members: Iterator[Member], wanted: frozenset[str]) -> Iterator[Sample]:
+    """Runs of members with the same key; only wanted members keep their data.
+
+    Where the archive breaks, the sample that was being read comes last, marked `cut`, before
+    BrokenShardError is raised: what came before it is whole.
+    """
+    sample: Sample | None = None
+    try:
+        for member in members:
+            named = split_name(member.name)
+            if named is None:
+                continue
+            key, extension = named
+            if sample is None or sample.key != key:
+                if sample is not None:
+                    yield sample
+                sample = Sample(key, 0 if sample is None else sample.index + 1)
+            if extension in sample.members:
+                sample.duplicate = member.name
+            data = member.data if extension in wanted else None
+            sample.members[extension] = Member(member.name, member.size, data)
+    except BrokenShardError as error:
+        named = None if error.member is None else split_name(error.member)
+        if named is not None and (sample is None or sample.key != named[0]):
+            if sample is not None:
+                yield sample
+            sample = Sample(named[0], 0 if sample is None else sample.index + 1)
+        if sample is not None:
+            sample.cut = True
+            yield sample
+        raise
+    if sample is not None:
+        yield sample
+
+
+def read_groups(shard: Shard, settings: ReadSettings) -> Iterator[GroupRow]:
+    """Streams one shard as groups; the last one carries the `ShardEnd`.
+
+    Never raises for what is wrong with the shard: a shard that must not be committed ends with a
+    `ShardEnd` whose `failure` says why.
+    """
+    schema = sample_schema(settings.carry)
+    wanted = frozenset(settings.image_key) | {name.partition(":")[0] for name in settings.carry}
+    began = time.perf_counter()
+    group = Group(0)
+    size, etag, count = 0, None, 0
+    truncated_at: int | None = None
+    failure: str | None = None
+
+    def row(end: ShardEnd | None = None) -> GroupRow:
+        seconds = Seconds(read=time.perf_counter() - began)
+        return GroupRow(
+            Head(shard.name, shard.url, group.number, end=end, seconds=seconds),
+            pa.Table.from_pylist(group.rows, schema),
+            rejects_table(group.rejects),
+        )
+
+    try:
+        info = settings.storage.info(shard.url)
+        size, etag = info.size, info.etag
+        for sample in read_samples(read_members(shard.url, settings.storage, info), wanted):
+            if group.is_full():
+                yield row()
+                began = time.perf_counter()
+                group = Group(group.number + 1)
+            _add(group, sample, settings)
+            count += 1
+    except BrokenShardError as error:
+        if error.cut and settings.accept_truncated:
+            logger.warning("%s; its whole samples are taken (accept_truncated)", error)
+            truncated_at = error.offset
+        else:
+            failure = str(error)
+    except (OSError, StorageError) as error:
+        failure = f"{type(error).__name__}: {error}"
+    if failure is not None:
+        group = Group(group.number)
+    yield row(ShardEnd(count, size, etag, truncated_at, failure))
+
+
+def _add(group: Group, sample: Sample, settings: ReadSettings) -> None:
+    extension = next((key for key in settings.image_key if key in sample.members), None)
+    image = sample.members[extension] if extension is not None else None
+
+    def reject(error: str, message: str) -> None:
+        member = image.name if image is not None else ""
+        group.rejects.append(Reject(sample.key, sample.index, member, "read", error, message))
+
+    if sample.cut:
+        reject("truncated", "the archive is cut in or behind this sample")
+    elif sample.duplicate is not None:
+        reject("duplicate-member", f"{sample.duplicate} stands twice in the sample")
+    elif image is None:
+        found = ", ".join(sorted(sample.members))
+        reject("no-image", f"no member of {', '.join(settings.image_key)}; it has {found}")
+    elif image.data is None:
+        reject("oversized", f"the image member has {image.size} bytes")
+    else:
+        carried = {name: _carried(name, sample) for name in settings.carry}
+        group.rows.append(
+            {
+                "key": sample.key,
+                "sample_index": sample.index,
+                "member": image.name,
+                "data": image.data,
+                **carried,
+            }
+        )
+        group.num_bytes += len(image.data)
+
+
+def _carried(name: str, sample: Sample) -> str | bytes | None:
+    """The value of a carried member; null where the member or the JSON field is not there."""
+    extension, _, path = name.partition(":")
+    member = sample.members.get(extension)
+    if member is None or member.data is None:
+        return None
+    if path:
+        return _json_field(member.data, path)
+    if pa.types.is_binary(carried_field(name).type):
+        return member.data
+    return member.data.decode("utf-8", "replace")
+
+
+def _json_field(data: bytes, name: str) -> str | None:
+    try:
+        fields = json.loads(data)
+    except ValueError:
+        return None
+    value = fields.get(name) if isinstance(fields, dict) else None
+    return value if value is None or isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,64 @@
+"""The stages as Ray Data calls them: one row in, rows out.
+
+A module of its own, light to import: every worker process loads it, and neither torch nor Ray Data
+belongs in a process that reads, tiles or writes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+
+import pyarrow as pa
+
+from pipeline.chunks import TileSettings, tile_group
+from pipeline.commits import commit_url
+from pipeline.embedding import Embedded, write_part
+from pipeline.ledger import CompleteShard
+from pipeline.records import Row, Shard, one_row
+from pipeline.samples import GroupRow, ReadSettings, read_groups
+from pipeline.writers import FinalizeSettings, finalize_shard
+
+
+def read_stage(row: Row, settings: ReadSettings) -> Iterator[Row]:
+    """One shard → its groups."""
+    shard = Shard(str(row["url"][0]), str(row["name"][0]))
+    for group in read_groups(shard, settings):
+        yield group.dump()
+    release_freed_memory()
+
+
+def tile_stage(row: Row, settings: TileSettings) -> Iterator[Row]:
+    """One group → its chunks."""
+    for chunk in tile_group(GroupRow.load(row), settings):
+        yield chunk.dump()
+    release_freed_memory()
+
+
+def write_stage(row: Row, settings: FinalizeSettings) -> Row:
+    """One embedded chunk → a part file, and the small row that tells of it."""
+    return one_row(part=write_part(Embedded.load(row), settings.parts).dump())
+
+
+def release_freed_memory() -> None:
+    """Gives what a task has freed back to the system.
+
+    Ray keeps idle workers, and any of them may come to run any stage; without this each would hold
+    on to the largest buffers it ever had. Where the C library has no `malloc_trim` it needs none.
+    """
+    pa.default_memory_pool().release_unused()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def finalize_stage(shard: CompleteShard, settings: FinalizeSettings) -> bytes:
+    """One complete shard → its output and commit; gives the commit."""
+    try:
+        return finalize_shard(shard, settings).dump()
+    except FileNotFoundError:
+        # An earlier attempt of this very task may have committed, removed the parts, and died.
+        url = commit_url(settings.parts.output, shard.name)
+        if settings.parts.storage.exists(url):
+            return settings.parts.storage.read(url)
+        raise

@@ -1,0 +1,124 @@
+"""The dataflow on real Ray in this process: replicas really killed, objects that cannot be put."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import ray
+from PIL import Image
+
+from jobs.cluster import Pool, connect
+from jobs.config import ExtractConfig
+from jobs.extract import describe, flow_settings
+from model.checkpoint import open_checkpoint
+from pipeline import dataflow
+from pipeline.commits import committed_shards, open_output
+from pipeline.dataflow import Tally, run_shards
+from pipeline.records import Row
+from pipeline.replica import Replica
+from pipeline.shards import list_shards
+from pipeline.storage import Storage
+from tests.builders import picture, sample, samples, write_checkpoint, write_tar
+
+POISON = 255
+
+
+class FragileReplica(Replica):
+    """Dies by SIGKILL when a tile is all white, as a driver fault on one input would do."""
+
+    def __call__(self, row: Row) -> Row:
+        encode = self._encoder.encode
+
+        def fragile(tiles: np.ndarray) -> dict[str, np.ndarray]:
+            if (tiles == POISON).all(axis=(1, 2, 3)).any():
+                os.kill(os.getpid(), signal.SIGKILL)
+            return encode(tiles)
+
+        self._encoder.encode = fragile  # type: ignore[method-assign]
+        return super().__call__(row)
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    connect(local=True)
+    yield
+    ray.shutdown()
+
+
+def white(width: int, height: int) -> bytes:
+    sink = io.BytesIO()
+    Image.new("RGB", (width, height), "white").save(sink, "PNG")
+    return sink.getvalue()
+
+
+def run(folder: Path, checkpoint: Path) -> Tally:
+    """The dataflow over `folder`/in into `folder`/out, in this process."""
+    config = ExtractConfig(
+        input=(str(folder / "in"),),
+        output=str(folder / "out"),
+        model=str(checkpoint),
+        dtype="float32",
+        max_reject_rate=1.0,
+    )
+    storage = Storage()
+    opened = open_checkpoint(config.model)
+    dataset = describe(config, opened)
+    open_output(config.output, dataset, storage)
+    settings = flow_settings(
+        config, opened, dataset, Pool("cpu", (1, 1), 2, 2, 32, None), storage, "run"
+    )
+    committed = committed_shards(config.output, storage)
+    pending = [s for s in list_shards(config.input, storage) if s.name not in committed]
+    return run_shards(pending, settings, lambda tally: None, threading.Event())
+
+
+def test_a_chunk_that_kills_three_replicas_becomes_rejects(
+    local_ray: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(dataflow, "Replica", FragileReplica)
+    write_tar(tmp_path / "in" / "good.tar", samples(6))
+    poisoned = [
+        *sample("a", picture(60, 60)),
+        ("b.png", white(60, 60)),
+        *sample("c", picture(50, 70)),
+    ]
+    write_tar(tmp_path / "in" / "poisoned.tar", poisoned)
+
+    tally = run(tmp_path, write_checkpoint(tmp_path / "model"))
+
+    assert tally.failures == []
+    assert tally.rejects == {"embed/replica-died": 3}
+    assert committed_shards(str(tmp_path / "out"), Storage()) == {"good", "poisoned"}
+    rejects = pq.read_table(tmp_path / "out/rejects/poisoned.parquet").to_pylist()
+    assert [(r["key"], r["stage"], r["error"]) for r in rejects] == [
+        (key, "embed", "replica-died") for key in "abc"
+    ]
+    assert rejects[0]["message"] == "3 replicas died while they computed this chunk"
+    assert pq.read_table(tmp_path / "out/embeddings/good.parquet").num_rows == 6
+
+
+def test_an_output_that_cannot_be_written_fails_its_shard_alone(
+    local_ray: None, tmp_path: Path
+) -> None:
+    for name in ("a", "b", "c"):
+        write_tar(tmp_path / "in" / f"{name}.tar", samples(4, prefix=name))
+    checkpoint = write_checkpoint(tmp_path / "model")
+    blocked = tmp_path / "out" / "embeddings" / "b.parquet"
+    blocked.mkdir(parents=True)  # a folder where the object should be
+
+    tally = run(tmp_path, checkpoint)
+
+    assert committed_shards(str(tmp_path / "out"), Storage()) == {"a", "c"}
+    assert [failure.shard for failure in tally.failures] == ["b"]
+    assert "b.parquet" in tally.failures[0].reason
+    blocked.rmdir()
+    assert run(tmp_path, checkpoint).failures == []
+    assert committed_shards(str(tmp_path / "out"), Storage()) == {"a", "b", "c"}

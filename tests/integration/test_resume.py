@@ -1,0 +1,212 @@
+"""Real kills of a real job: nothing lost, nothing doubled, nothing computed twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.builders import (
+    cli_env,
+    files_below,
+    picture,
+    run_cli,
+    sample,
+    write_checkpoint,
+    write_tar,
+)
+
+NUM_SHARDS = 10
+PICTURES = 8
+KILLS = 10
+OPTIONS = (
+    "--tiling",
+    "dynamic",
+    "--max-tiles",
+    "2",
+    "--dtype",
+    "float32",
+    "--features",
+    "cls,mean",
+)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Shards whose work takes some seconds, so that kills fall into every phase."""
+    folder = tmp_path_factory.mktemp("resume")
+    for shard in range(NUM_SHARDS):
+        members = []
+        for index in range(PICTURES):
+            image = picture(300 + 20 * index, 260, seed=100 * shard + index)
+            if shard % 3 == 0 and index == 2:
+                image = image[:1000]
+            members += sample(f"{index:03d}", image, f"caption {index}")
+        write_tar(folder / "in" / f"{shard:05d}.tar", members)
+    return folder / "in", write_checkpoint(folder / "model", image_size=448)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(job: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    done = run_cli("extract", job[0], output, "--model", job[1], *OPTIONS)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+@contextmanager
+def started(job: tuple[Path, Path], output: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A running job, and its whole process tree gone afterwards."""
+    arguments = ["extract", str(job[0]), str(output), "--model", str(job[1]), *OPTIONS]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs.cli", *arguments],
+        env=cli_env(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def kill_driver(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """SIGKILL to the driver alone; gives what it had started, which must end by itself."""
+    tree: list[psutil.Process] = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return tree
+
+
+def wait_until(process: subprocess.Popen[bytes], condition: object, seconds: float = 90) -> None:
+    assert callable(condition)
+    for _ in range(int(seconds / 0.05)):
+        if condition() or process.poll() is not None:
+            return
+        try:
+            process.wait(timeout=0.05)
+        except subprocess.TimeoutExpired:
+            continue
+    raise AssertionError("the job never came so far")
+
+
+def comparable(output: Path) -> dict[str, bytes]:
+    """Every file as it is; of a commit, all but when and how fast."""
+    files = files_below(output)
+    for name, data in files.items():
+        if name.startswith("commits/"):
+            commit = json.loads(data)
+            del commit["seconds"], commit["committed_at"]
+            files[name] = json.dumps(commit).encode()
+    return files
+
+
+def test_ten_kills_at_random_moments_change_no_byte(
+    job: tuple[Path, Path], undisturbed: Path, tmp_path: Path
+) -> None:
+    rng = random.Random(20261122)
+    output = tmp_path / "out"
+    commits = output / "commits"
+    committed: dict[str, bytes] = {}
+    orphans: list[psutil.Process] = []
+    for kill in range(KILLS):
+        with started(job, output) as process:
+            if kill % 2:  # soon after the next commit, while others are in flight
+                seen = len(committed)
+                wait_until(process, lambda: len(files_below(commits)) > seen)  # noqa: B023
+                delay = rng.uniform(0.0, 0.3)
+            else:  # anywhere: start of Ray, loading, reading, embedding, writing
+                delay = rng.uniform(1.0, 11.0)
+            try:
+                process.wait(timeout=delay)
+            except subprocess.TimeoutExpired:
+                orphans += kill_driver(process)
+        now = files_below(commits)
+        assert {name: now.get(name) for name in committed} == committed, "computed twice"
+        committed = now
+    assert committed, "no kill came after a commit: nothing was resumed"
+    done = run_cli("extract", job[0], output, "--model", job[1], *OPTIONS, "--json")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["committed_before"] == len(committed)
+    assert summary["committed"] == NUM_SHARDS - len(committed)
+    after = files_below(commits)
+    assert {name: after[name] for name in committed} == committed, "computed twice"
+    # Ray's agents wait for a head that died while it started; a minute later they give up.
+    assert not psutil.wait_procs(orphans, timeout=120)[1]
+    assert comparable(output) == comparable(undisturbed)
+    assert len(comparable(output)) == 1 + 2 * NUM_SHARDS + len(range(0, NUM_SHARDS, 3))
+
+
+def test_ctrl_c_commits_what_is_complete_and_resumes(
+    job: tuple[Path, Path], undisturbed: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    with started(job, output) as process:
+        wait_until(process, lambda: files_below(output / "commits"))
+        tree = psutil.Process(process.pid).children(recursive=True)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of the group
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 130, stderr.decode()
+        assert b"Traceback" not in stderr
+        assert not psutil.wait_procs(tree, timeout=60)[1]
+    committed = files_below(output / "commits")
+    assert 0 < len(committed) < NUM_SHARDS
+    left = [name for name in files_below(output) if name.startswith("_runs/")]
+    assert [Path(name).name for name in left] == ["progress.json"]
+    record = json.loads((output / left[0]).read_bytes())
+    assert record["ended"] is True
+    assert record["committed"] == len(committed)
+
+    done = run_cli("extract", job[0], output, "--model", job[1], *OPTIONS)
+    assert done.returncode == 0, done.stderr
+    after = files_below(output / "commits")
+    assert {name: after[name] for name in committed} == committed
+    assert comparable(output) == comparable(undisturbed)
+
+
+def test_killed_workers_change_no_byte(
+    job: tuple[Path, Path], undisturbed: Path, tmp_path: Path
+) -> None:
+    """A tiling task and the replica die while the job runs; the job ends well all the same."""
+    output = tmp_path / "out"
+    killed: list[str] = []
+
+    def kill_one(process: subprocess.Popen[bytes], title: str) -> bool:
+        with suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(process.pid).children(recursive=True):
+                if "".join(child.cmdline()).startswith(title):
+                    child.kill()
+                    killed.append(title)
+                    return True
+        return False
+
+    tiling, replica = "ray::MapBatches(tile_stage)", "ray::MapWorker(MapBatches(Replica))"
+    with started(job, output) as process:
+        wait_until(process, lambda: kill_one(process, tiling))
+        wait_until(process, lambda: files_below(output / "commits"))
+        wait_until(process, lambda: kill_one(process, replica))
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode == 0, stderr.decode()
+    assert killed == [tiling, replica]
+    assert comparable(output) == comparable(undisturbed)
+
+
+def test_a_finished_job_does_nothing(job: tuple[Path, Path], undisturbed: Path) -> None:
+    before = files_below(undisturbed)
+    done = run_cli("extract", job[0], undisturbed, "--model", job[1], *OPTIONS, timeout=20)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"nothing to do: all {NUM_SHARDS} shards are committed\n"
+    assert files_below(undisturbed) == before
