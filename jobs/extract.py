@@ -39,6 +39,8 @@ from pipeline.shards import list_shards, probe_shards
 from pipeline.storage import Storage, explained, join, shared
 from pipeline.writers import FinalizeSettings
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -109,6 +111,7 @@ def extract(config: ExtractConfig, local_cluster: bool = False) -> Summary:
         redirect_stdout(sys.stderr),  # Ray prints what workers say; stdout is for the result alone
     ):
         started_here = connect(local_cluster)
+        stop.listen()  # Ray has taken SIGTERM for itself
         try:
             pool = plan_pool(config.tensor_parallel, config.replicas, started_here)
             settings = flow_settings(config, checkpoint, dataset, pool, storage, run)
@@ -224,29 +227,34 @@ def remove_runs(output: str, storage: Storage) -> None:
     storage.remove(join(output, RUNS))
 
 
-@dataclass
 class Stop:
     """Set by the first Ctrl-C or SIGTERM; a second one ends the process at once."""
 
-    event: threading.Event
-    signum: int | None = None
+    def __init__(self) -> None:
+        self.event = threading.Event()
+        self.signum: int | None = None
+        self._before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+
+    def listen(self) -> None:
+        if not self.event.is_set():
+            for number in STOP_SIGNALS:
+                signal.signal(number, self._handle)
+
+    def ignore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        self.signum = signum
+        self.event.set()
+        self.ignore()
 
 
 @contextmanager
 def stop_on_signal() -> Iterator[Stop]:
-    stop = Stop(threading.Event())
-    before: dict[signal.Signals, Any] = {}
-
-    def handle(signum: int, frame: FrameType | None) -> None:
-        stop.signum = signum
-        stop.event.set()
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, handle)
+    stop = Stop()
+    stop.listen()
     try:
         yield stop
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        stop.ignore()

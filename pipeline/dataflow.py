@@ -24,6 +24,7 @@ from ray.exceptions import RayError
 from model.errors import UserError
 from pipeline.chunks import TileSettings
 from pipeline.commits import Commit, Failure
+from pipeline.interruption import FlowStopped, Interruption
 from pipeline.ledger import CompleteShard, Ledger
 from pipeline.records import Part, Shard
 from pipeline.replica import Deaths, Replica, ReplicaSettings
@@ -113,30 +114,33 @@ class Wave:
         self._ledger = Ledger(shard.name for shard in shards)
         self._finalizing: dict[Any, str] = {}
         self._rows: queue.Queue[Part | Exception | None] = queue.Queue(maxsize=1000)
+        Interruption.stop = stop
         self._dataset = build_dataset(shards, settings)
 
     def run(self, tick: Callable[[Tally], None]) -> None:
-        threading.Thread(target=self._consume, name="ray-data", daemon=True).start()
+        consumer = threading.Thread(target=self._consume, name="ray-data", daemon=True)
+        consumer.start()
         ended = False
-        while not ended and not self._stop.is_set():
+        while not ended:
             with suppress(queue.Empty):
                 ended = not self._take(self._rows.get(timeout=TICK_SECONDS))
             self._collect(timeout=0)
             tick(self._tally)
-        while self._stop.is_set() and not self._rows.empty():
-            self._take(self._rows.get_nowait())
+        consumer.join()
         while self._finalizing:
             self._collect(timeout=TICK_SECONDS)
             tick(self._tally)
-        if ended:
+        if not self._stop.is_set():
             for name in self._ledger.incomplete():
                 self._fail(name, "some of its chunks never came; run the job again")
 
     def _consume(self) -> None:
-        """Runs in its own thread: Ray's iterator blocks, and Ctrl-C must be heard meanwhile."""
+        """Runs in its own thread: Ray's iterator blocks, and ticks must go on meanwhile."""
         try:
             for row in self._dataset.iter_rows():
                 self._rows.put(Part.load(row["part"]))
+            self._rows.put(None)
+        except FlowStopped:
             self._rows.put(None)
         except Exception as error:  # noqa: BLE001 raised again in the main thread
             self._rows.put(error)
@@ -201,6 +205,7 @@ def build_dataset(shards: Sequence[Shard], settings: FlowSettings) -> Dataset:
     context.enable_progress_bars = False
     context.max_errored_blocks = 0
     context.print_on_execution_start = False
+    context.custom_execution_callback_classes = [Interruption]
     context.execution_options.resource_limits = ExecutionResources.for_limits(
         object_store_memory=settings.buffer_bytes
     )

@@ -150,18 +150,24 @@ def test_ten_kills_at_random_moments_change_no_byte(
     assert len(comparable(output)) == 1 + 2 * NUM_SHARDS + len(range(0, NUM_SHARDS, 3))
 
 
-def test_ctrl_c_commits_what_is_complete_and_resumes(
-    job: tuple[Path, Path], undisturbed: Path, tmp_path: Path
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_job_commits_what_is_complete_and_resumes(
+    job: tuple[Path, Path], undisturbed: Path, tmp_path: Path, signum: signal.Signals
 ) -> None:
     output = tmp_path / "out"
     with started(job, output) as process:
         wait_until(process, lambda: files_below(output / "commits"))
         tree = psutil.Process(process.pid).children(recursive=True)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of the group
+        if signum == signal.SIGINT:
+            os.killpg(process.pid, signum)  # as a terminal does: to all of the group
+        else:
+            process.send_signal(signum)
         _, stderr = process.communicate(timeout=60)
-        assert process.returncode == 130, stderr.decode()
+        assert process.returncode == 128 + signum, stderr.decode()
         assert b"Traceback" not in stderr
         assert not psutil.wait_procs(tree, timeout=60)[1]
+        clusters = list(Path("/tmp/ray").glob(f"session_*_{process.pid}"))
+        assert len(clusters) == 1, "Ray was started again while the job ended"
     committed = files_below(output / "commits")
     assert 0 < len(committed) < NUM_SHARDS
     left = [name for name in files_below(output) if name.startswith("_runs/")]
