@@ -59,8 +59,8 @@ class Case:
 CASES = (
     Case("20 small shards", 20, 40, "center-crop", "exact"),
     Case("200 small shards", 200, 40, "center-crop", "exact"),
-    Case("one shard of 200 pictures", 1, 200, "dynamic", "fast"),
-    Case("one shard of 2000 pictures", 1, 2000, "dynamic", "fast"),
+    Case("one shard of 500 pictures", 1, 500, "dynamic", "fast"),
+    Case("one shard of 5000 pictures", 1, 5000, "dynamic", "fast"),
 )
 
 

@@ -25,7 +25,7 @@ LOCAL_EXTRA_CPUS = 6
 # a CPU embeds a few dozen tiles a second, and small ones keep it busy sooner and take less memory.
 GPU_CHUNK_TILES = 128
 CPU_CHUNK_TILES = 32
-CPU_BUFFER_BYTES = 384 << 20  # about twenty chunks between the stages
+CPU_BUFFER_BYTES = 256 << 20  # about thirteen chunks between the stages
 
 
 @dataclass(frozen=True)

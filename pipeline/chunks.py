@@ -86,26 +86,25 @@ def tile_group(group: GroupRow, settings: TileSettings) -> Iterator[Chunk]:
     began = time.perf_counter()
     planned, rejects = _plan(group, settings.tiling)
     runs = _runs(planned, settings.chunk_tiles)
-    for number, run in enumerate(runs):
-        last = number == len(runs) - 1
+
+    def chunk(number: int, run: list[PlannedPicture]) -> Chunk:
+        first, last = number == 0, number == len(runs) - 1
         rows, run_rejects, tiles = _cut(run, settings)
+        before = [group.rejects, rejects_table(rejects)] if first else []
         seconds = Seconds(
-            read=group.head.seconds.read if number == 0 else 0.0, tile=time.perf_counter() - began
+            read=group.head.seconds.read if first else 0.0, tile=time.perf_counter() - began
         )
-        yield Chunk(
-            replace(
-                group.head,
-                chunk=number,
-                last_chunk=last,
-                end=group.head.end if last else None,
-                seconds=seconds,
-            ),
-            rows,
-            pa.concat_tables(
-                [*([group.rejects, rejects_table(rejects)] if number == 0 else []), run_rejects]
-            ),
-            tiles,
+        head = replace(
+            group.head,
+            chunk=number,
+            last_chunk=last,
+            end=group.head.end if last else None,
+            seconds=seconds,
         )
+        return Chunk(head, rows, pa.concat_tables([*before, run_rejects]), tiles)
+
+    for number, run in enumerate(runs):
+        yield chunk(number, run)
         began = time.perf_counter()
 
 

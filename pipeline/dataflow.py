@@ -39,6 +39,9 @@ IO_CPUS = 0.25  # reading and writing wait more than they compute
 TILE_CPUS = 1.0
 CPU_REPLICA_CPUS = 0.5  # unlike TILE_CPUS, or Ray would fuse tiling into the actor
 TICK_SECONDS = 0.5
+# Ray gives tasks of a different environment processes of their own. Without one any worker comes to
+# tile at some time, and then holds a decoder, torch (`fast`) and its heap: 150-270 MiB each.
+TILE_WORKERS = {"env_vars": {"TESSERA_STAGE": "tile"}}
 
 
 @dataclass(frozen=True)
@@ -229,6 +232,7 @@ def build_dataset(shards: Sequence[Shard], settings: FlowSettings) -> Dataset:
             fn_kwargs={"settings": settings.tile},
             num_cpus=TILE_CPUS,
             compute=TaskPoolStrategy(size=settings.num_tile_tasks),
+            runtime_env=TILE_WORKERS,
         )
         .map_batches(
             Replica,

