@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=75, help="in each shard [default: 75]")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each [default: 3]")
     parser.add_argument(
-        "--replicas", type=int, default=os.cpu_count(), help="tessera's [default: one a core]"
+        "--replicas", type=int, default=1, help="tessera's [default: 1, as the job has it]"
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
     options = parser.parse_args()

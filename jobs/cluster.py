@@ -68,6 +68,7 @@ def connect(local: bool = False) -> bool:
     if started_here:
         # Threads of a CPU replica that wait by spinning take the cores from the tiling tasks.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        os.environ.setdefault("RAY_worker_niceness", "0")  # or the replica is as nice as tiling
         ray.init(
             address="local",
             num_cpus=(os.cpu_count() or 1) + LOCAL_EXTRA_CPUS,
@@ -96,7 +97,9 @@ def broken_runs_explained() -> Iterator[None]:
         ) from error
 
 
-def plan_pool(tensor_parallel: int, replicas: tuple[int, int] | None, started_here: bool) -> Pool:
+def plan_pool(
+    tensor_parallel: int, replicas: tuple[int, int] | None, dtype: str, started_here: bool
+) -> Pool:
     """Decides where replicas go, before any of them starts.
 
     `started_here` says that `connect` made the cluster, whose CPUs are more than the cores.
@@ -109,10 +112,15 @@ def plan_pool(tensor_parallel: int, replicas: tuple[int, int] | None, started_he
     num_io_tasks = max(2, min(64, int(cpus) // 4))
     num_tile_tasks = os.cpu_count() if started_here else None
     if not any(gpus):
-        if tensor_parallel > 1:
+        if dtype == "fp8":
+            raise UserError("dtype fp8: the cluster has no GPUs; use bfloat16 or float32")
+        cores = max(int(n["Resources"].get("CPU", 0)) for n in ray.nodes() if n["Alive"])
+        if started_here:
+            cores = os.cpu_count() or 1
+        if tensor_parallel > cores:
             raise UserError(
-                f"tensor_parallel {tensor_parallel}: the cluster has no GPUs; use 1, or add nodes "
-                f"with {tensor_parallel} GPUs each"
+                f"tensor_parallel {tensor_parallel}: the cluster has no GPUs, and its largest node "
+                f"has {cores} CPUs; use {cores} or less, or add nodes with GPUs"
             )
         return Pool(
             "cpu",
@@ -127,10 +135,6 @@ def plan_pool(tensor_parallel: int, replicas: tuple[int, int] | None, started_he
         raise UserError(
             f"tensor_parallel {tensor_parallel}: no node has that many GPUs (the largest has "
             f"{max(gpus)}); use {max(gpus)} or less"
-        )
-    if tensor_parallel > 1:
-        raise UserError(
-            f"tensor_parallel {tensor_parallel}: this version keeps a model on one GPU; use 1"
         )
     if replicas is not None and replicas[0] > room:
         raise UserError(

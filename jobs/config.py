@@ -111,9 +111,16 @@ class ExtractOptions(TilingOptions):
     embedding_dtype: Literal["float16", "float32"] = Field(
         "float16", description="Of the written values."
     )
-    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Of the computation.")
-    attention: Literal["auto", "sdpa"] = Field("auto", description="Attention kernel.")
-    tensor_parallel: int = Field(1, ge=1, description="GPUs that share one model.")
+    dtype: Literal["bfloat16", "float16", "float32", "fp8"] = Field(
+        "bfloat16",
+        description="Of the computation; fp8: float8 linear layers, on GPUs that have them.",
+    )
+    attention: Literal["auto", "sdpa", "cudnn", "flash-attn", "flash-attn-3", "flash-attn-4"] = (
+        Field("auto", description="Attention kernel; auto: the fastest that is installed.")
+    )
+    tensor_parallel: int = Field(
+        1, ge=1, description="GPUs that share one model, up to its number of heads."
+    )
     replicas: Annotated[tuple[int, int] | None, BeforeValidator(_replicas)] = Field(
         None,
         description="Number of models, or min:max for a pool that grows; all: as many as the "

@@ -22,6 +22,7 @@ from jobs.config import ExtractConfig, tiling_of
 from jobs.progress import Reporter
 from model.checkpoint import Checkpoint, open_checkpoint, weights_digest
 from model.config import count_blocks
+from model.split import check_ranks
 from pipeline.chunks import TileSettings
 from pipeline.commits import (
     RUNS,
@@ -113,7 +114,7 @@ def extract(config: ExtractConfig, local_cluster: bool = False) -> Summary:
         started_here = connect(local_cluster)
         stop.listen()  # Ray has taken SIGTERM for itself
         try:
-            pool = plan_pool(config.tensor_parallel, config.replicas, started_here)
+            pool = plan_pool(config.tensor_parallel, config.replicas, config.dtype, started_here)
             settings = flow_settings(config, checkpoint, dataset, pool, storage, run)
             with broken_runs_explained():
                 tally = run_shards(pending, settings, reporter.tick, stop.event)
@@ -136,6 +137,7 @@ def extract(config: ExtractConfig, local_cluster: bool = False) -> Summary:
 def describe(config: ExtractConfig, checkpoint: Checkpoint) -> Dataset:
     """What decides the output's values and columns; see `Dataset`."""
     num_blocks = count_blocks(checkpoint.config, config.layer)
+    check_ranks(checkpoint.config, config.tensor_parallel)
     preprocessor = checkpoint.preprocessor
     dynamic = {
         "max_tiles": config.max_tiles,
@@ -196,6 +198,7 @@ def flow_settings(
             layer=config.layer,
             batch_tiles=config.batch_tiles,
             parts=parts,
+            tensor_parallel=config.tensor_parallel,
             cpu_sharers=pool.replicas[1],
         ),
         finalize=FinalizeSettings(parts, dataset.fingerprint, int(config.target_part_bytes)),

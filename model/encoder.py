@@ -1,7 +1,9 @@
-"""The public API of `model/`: uint8 tiles in, float32 embeddings out, on one device."""
+"""uint8 tiles in, float32 embeddings out: one model on one device, or one rank's part of it."""
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Literal
@@ -13,24 +15,37 @@ from safetensors import safe_open
 from torch import Tensor
 
 from model import attention as kernels
+from model.batch_choice import choose_batch
 from model.checkpoint import Checkpoint
 from model.config import count_blocks
 from model.errors import UserError
+from model.float8 import require_float8
+from model.group import ALONE, Group
 from model.intern_vit import InternViT
+from model.split import WHOLE, Part, check_ranks, head_span, part_of
 from model.tensor_names import tensor_names
 
-DType = Literal["float32", "bfloat16"]
-DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+logger = logging.getLogger(__name__)
+
+DType = Literal["bfloat16", "float16", "float32", "fp8"]
+# What the network computes in. fp8 is bfloat16 but for the blocks' linear layers.
+DTYPES: Mapping[str, torch.dtype] = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "fp8": torch.bfloat16,
+}
 # Tokens [b, N, hidden] of a block → a feature [b, hidden], float32. `cls` is a copy, not a view,
 # so that it does not keep all tokens in memory.
 FEATURES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "cls": lambda tokens: tokens[:, 0].to(torch.float32, copy=True),
     "mean": lambda tokens: tokens[:, 1:].mean(1, dtype=torch.float32),
 }
-# Tiles of one forward pass where none are asked for. 32 tiles are 32 800 token rows at 448
-# pixels: enough to fill a GPU, with 0.9 GB of MLP activations for the 6B in bfloat16. On a CPU
-# more tiles than a few only take memory.
-AUTO_BATCH_TILES = {"cuda": 32, "cpu": 4}
+# Tiles of one forward pass where none are asked for: on a GPU the fewest that are about as fast as
+# any, found by trying; on a CPU more than a few only take memory.
+CPU_BATCH_TILES = 4
+LARGEST_BATCH_TILES = 128
+DEVICES = ("cpu", "cuda")
 
 
 class Encoder:
@@ -45,13 +60,21 @@ class Encoder:
         device: torch.device,
         features: Sequence[str],
         batch_tiles: int,
+        attention: kernels.Choice,
+        group: Group,
     ) -> None:
         self.checkpoint = checkpoint
         self.features = tuple(features)
         self.batch_tiles = batch_tiles
+        self.attention = attention
+        self._group = group
         self._network = network
         self._dtype = DTYPES[dtype]
         self._device = device
+        self._copies: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._halved = False
         self._mean, self._std = (
             torch.tensor(channel, dtype=torch.float32, device=device).reshape(3, 1, 1)
             for channel in (checkpoint.preprocessor.mean, checkpoint.preprocessor.std)
@@ -68,12 +91,17 @@ class Encoder:
         features: Sequence[str] = ("cls", "mean"),
         attention: str = "auto",
         batch_tiles: int | None = None,
+        group: Group = ALONE,
     ) -> Encoder:
         """Puts the blocks up to `layer` on the device, tensor by tensor, and nothing else.
 
+        With a `group` it is the part of its rank, on the CUDA device of that number, and `encode`
+        must be called on all ranks with the same tiles.
+
         `layer` counts block outputs like a Python list: -1 is the last block, 0 the first.
-        `batch_tiles` None stands for AUTO_BATCH_TILES. Raises UserError for a value that is not
-        on offer, naming those that are.
+        On a GPU the blocks are compiled, and `batch_tiles` None is found by trying, within half a
+        minute; on a CPU it is CPU_BATCH_TILES. Raises UserError for a value that is not on offer,
+        naming those that are.
         """
         if dtype not in DTYPES:
             raise UserError(f"dtype: {dtype!r} is not available; choose one of {list(DTYPES)}")
@@ -82,23 +110,42 @@ class Encoder:
             raise UserError(f"features: {list(features)}; choose some of {list(FEATURES)}")
         if batch_tiles is not None and batch_tiles < 1:
             raise UserError(f"batch_tiles: {batch_tiles}; expected at least 1")
-        num_blocks = count_blocks(checkpoint.config, layer)
-        place = _device(device)
-        kernel = kernels.KERNELS[kernels.resolve(attention)]
+        config = checkpoint.config
+        num_blocks = count_blocks(config, layer)
+        check_ranks(config, group.size)
+        place = _device(device, group.rank)
+        if dtype == "fp8":
+            require_float8(place)
+        choice = _choose_attention(attention, checkpoint, DTYPES[dtype], place, group)
 
         with torch.device("meta"):
-            network = InternViT(checkpoint.config, num_blocks, kernel)
-        weights = read_weights(checkpoint, list(network.state_dict()), DTYPES[dtype], place)
+            network = InternViT(config, num_blocks, kernels.kernel(choice.name), group)
+        parts = {
+            name: part_of(name, config, group.rank, group.size) or WHOLE
+            for name in network.state_dict()
+        }
+        weights = read_weights(checkpoint, parts, DTYPES[dtype], place)
         network.load_state_dict(weights, assign=True)
         network.requires_grad_(False).eval()
-        return cls(
+        if dtype == "fp8":
+            network.to_float8()
+        encoder = cls(
             network,
             checkpoint,
             dtype=dtype,
             device=place,
             features=features,
-            batch_tiles=batch_tiles or AUTO_BATCH_TILES[place.type],
+            batch_tiles=batch_tiles or CPU_BATCH_TILES,
+            attention=choice,
+            group=group,
         )
+        if place.type == "cuda":
+            network.compile_blocks()
+            if batch_tiles is None:
+                encoder.batch_tiles = encoder._find_batch()
+            else:  # compiles
+                encoder._seconds(batch_tiles)
+        return encoder
 
     @torch.inference_mode()
     def encode(self, tiles: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[np.float32]]:
@@ -108,6 +155,35 @@ class Encoder:
         then interpolated); n may be 0. The tiles are only read. `cls` is the class token of the
         chosen block, `mean` the mean of its patch tokens; no norm follows.
         """
+        self.check(tiles)
+        try:
+            return self._encode(tiles)
+        except torch.OutOfMemoryError:
+            if self._halved or self._group.size > 1 or self.batch_tiles == 1:
+                raise
+            # Of several ranks one may run out of memory while the others wait for it: they fail.
+            self._halved = True
+            self.batch_tiles //= 2
+            logger.warning("out of memory: batch_tiles is %d from here on", self.batch_tiles)
+        torch.cuda.empty_cache()
+        return self._encode(tiles)
+
+    def _encode(self, tiles: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[np.float32]]:
+        # All is put under way before anything is waited for: micro-batches go to the device while
+        # others are computed there, and features stay until the last one is done.
+        batches = [
+            self._stage(tiles[start : start + self.batch_tiles])
+            for start in range(0, len(tiles), self.batch_tiles)
+        ]
+        outputs = [self._forward(batch()) for batch in batches]
+        empty = np.empty((0, self.checkpoint.config.hidden_size), np.float32)
+        return {
+            feature: torch.cat([o[feature] for o in outputs]).cpu().numpy() if outputs else empty
+            for feature in self.features
+        }
+
+    def check(self, tiles: npt.NDArray[np.uint8]) -> None:
+        """Raises ValueError for tiles that `encode` does not take."""
         if (
             tiles.dtype != np.uint8
             or tiles.ndim != 4
@@ -116,53 +192,126 @@ class Encoder:
             raise ValueError(f"tiles: {tiles.dtype} {tiles.shape}; expected uint8 [n, S, S, 3]")
         if tiles.shape[1] % self.checkpoint.config.patch_size:
             raise ValueError(f"tiles: edge {tiles.shape[1]} does not divide into patches")
-        # On a GPU the outputs stay there until all is under way, so that the next micro-batch
-        # is prepared while this one is computed.
-        outputs = [
-            self._forward(tiles[start : start + self.batch_tiles])
-            for start in range(0, len(tiles), self.batch_tiles)
-        ]
-        empty = np.empty((0, self.checkpoint.config.hidden_size), np.float32)
-        return {
-            feature: torch.cat([o[feature] for o in outputs]).cpu().numpy() if outputs else empty
-            for feature in self.features
-        }
 
-    def _forward(self, tiles: npt.NDArray[np.uint8]) -> dict[str, Tensor]:
-        """One micro-batch: [b, S, S, 3] → each feature [b, hidden], float32, on the device."""
-        # A staging copy of one micro-batch, because torch takes no read-only array. Pinned
-        # memory is not handed out again before the copy from it is done.
-        staged = torch.empty(tiles.shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+    def _stage(self, tiles: npt.NDArray[np.uint8]) -> Callable[[], Tensor]:
+        """Sends a micro-batch to the device; gives what hands it over there, uint8 [b, S, S, 3].
+
+        A staging copy, because torch takes no read-only array.
+        """
+        if self._copies is None:
+            return lambda: torch.from_numpy(tiles.copy())
+        staged = torch.empty(tiles.shape, dtype=torch.uint8, pin_memory=True)
         staged.numpy()[...] = tiles
-        pixels = staged.to(self._device, non_blocking=True).permute(0, 3, 1, 2).float()
-        pixels = (pixels / 255 - self._mean) / self._std  # [b, 3, S, S]
+        with torch.cuda.stream(self._copies):
+            sent = staged.to(self._device, non_blocking=True)
+            arrived = self._copies.record_event()
+
+        def hand_over() -> Tensor:
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(arrived)
+            sent.record_stream(stream)
+            return sent
+
+        return hand_over
+
+    def _forward(self, tiles: Tensor) -> dict[str, Tensor]:
+        """uint8 [b, S, S, 3] on the device → each feature there, float32 [b, hidden]."""
+        pixels = (tiles.permute(0, 3, 1, 2).float() / 255 - self._mean) / self._std  # [b, 3, S, S]
         tokens = self._network(pixels.to(self._dtype))  # [b, N, hidden]
         return {feature: FEATURES[feature](tokens) for feature in self.features}
 
+    def _find_batch(self) -> int:
+        """Tiles of a forward pass by trying: rank 0 decides, the others follow."""
+        if self._group.rank == 0:
+            found = choose_batch(
+                lambda tiles: self._seconds(self._group.from_first(tiles)),
+                largest=self._largest_batch(),
+            ).batch_tiles
+            self._group.from_first(0)
+            return self._group.from_first(found)
+        while tiles := self._group.from_first(0):
+            self._seconds(tiles)
+        return self._group.from_first(0)
+
+    def _largest_batch(self) -> int:
+        """What the free memory of the device holds, by the widest activations of a block."""
+        config = self.checkpoint.config
+        free, _ = torch.cuda.mem_get_info(self._device)
+        # MLP before and after GELU, qkv, three residual streams; half as much again to be safe
+        widest = 2 * config.intermediate_size // self._group.size + 6 * config.hidden_size
+        tile_bytes = 1.5 * config.num_tokens * widest * self._dtype.itemsize
+        return max(1, min(LARGEST_BATCH_TILES, int(free / tile_bytes)))
+
+    @torch.inference_mode()
+    def _seconds(self, batch_tiles: int) -> float:
+        """Seconds of a forward pass of so many tiles: the second one, the first compiles."""
+        side = self.checkpoint.config.image_size
+        tiles = torch.zeros(batch_tiles, side, side, 3, dtype=torch.uint8, device=self._device)
+        try:
+            for _ in range(2):
+                torch.cuda.synchronize(self._device)
+                began = time.perf_counter()
+                self._forward(tiles)
+                torch.cuda.synchronize(self._device)
+            return time.perf_counter() - began
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            raise
+
+
+def _choose_attention(
+    name: str, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, group: Group
+) -> kernels.Choice:
+    """Rank 0's choice: where it is measured, ranks might come to different ones."""
+    config = checkpoint.config
+    first, last = head_span(config, group.rank, group.size)
+    shape = (16, config.num_tokens, last - first, config.head_dim)
+    if group.rank == 0:
+        choice = kernels.resolve(name, device, dtype, shape)
+        group.from_first(kernels.NAMES.index(choice.name))
+        return choice
+    return kernels.Choice(kernels.NAMES[group.from_first(0)])
+
 
 def read_weights(
-    checkpoint: Checkpoint, parameters: Sequence[str], dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint, parts: Mapping[str, Part], dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
-    """The named parameters of our network from a checkpoint of any layout.
+    """The named parts of our network's parameters from a checkpoint of any layout.
 
-    Files are memory-mapped. A tensor that already has the dtype and stays in host memory is the
-    mapped file itself; any other is converted or sent to the device one by one.
+    Files are memory-mapped, and of a tensor only the part is read. A whole tensor that already has
+    the dtype and stays in host memory is the mapped file itself; any other is converted or sent to
+    the device one by one.
     """
     with ExitStack() as stack:
         files = [stack.enter_context(safe_open(path, framework="pt")) for path in checkpoint.files]
         home = {name: file for file in files for name in file.keys()}  # noqa: SIM118
 
-        def read(parameter: str) -> Tensor:
+        def read(parameter: str, part: Part) -> Tensor:
             names = tensor_names(parameter, checkpoint.layout, checkpoint.prefix)
-            parts = [home[name].get_tensor(name).to(device).to(dtype) for name in names]
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
+            if part.dim is None:
+                pieces = [home[name].get_tensor(name) for name in names]
+            elif part.dim == 1:
+                (name,), ((start, stop),) = names, part.spans
+                pieces = [home[name].get_slice(name)[:, start:stop]]
+            else:
+                pieces = []
+                for start, stop in part.spans:
+                    # a span never crosses from one of q, k, v to the next
+                    rows = home[names[0]].get_slice(names[0]).get_shape()[0]
+                    name, above = names[start // rows], start // rows * rows
+                    pieces.append(home[name].get_slice(name)[start - above : stop - above])
+            pieces = [piece.to(device).to(dtype) for piece in pieces]
+            return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-        return {parameter: read(parameter) for parameter in parameters}
+        return {parameter: read(parameter, part) for parameter, part in parts.items()}
 
 
-def _device(name: str) -> torch.device:
-    if name not in AUTO_BATCH_TILES:
-        raise UserError(f"device: {name!r}; choose one of {sorted(AUTO_BATCH_TILES)}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: cuda was asked for, but torch finds no CUDA device here")
-    return torch.device(name)
+def _device(name: str, index: int) -> torch.device:
+    if name not in DEVICES:
+        raise UserError(f"device: {name!r}; choose one of {list(DEVICES)}")
+    if name == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.device_count() <= index:
+        found = torch.cuda.device_count() or "no"
+        raise UserError(f"device: cuda, device {index} of them; torch finds {found} CUDA devices")
+    return torch.device("cuda", index)

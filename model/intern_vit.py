@@ -2,6 +2,7 @@
 
 Shapes, all through this file: B tiles, S edge of a tile in pixels, p edge of a patch, G = S / p
 patches a side, N = 1 + G² tokens, D hidden size, M intermediate size, H heads, d = D / H.
+Of a model that is split over several ranks, H and M below are this rank's own.
 
 Follows InternVL's modeling_intern_vit.py (pre-norm blocks with layer scale, exact GELU, no
 final norm); module names are its names, so a checkpoint's tensors are our parameters.
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 
 from model.attention import Attention as AttentionKernel
 from model.config import ViTConfig
+from model.float8 import Float8Linear
+from model.group import ALONE, Group
+from model.split import head_span, mlp_span
 
 
 class RMSNorm(nn.Module):
@@ -26,8 +30,11 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.scale(x, x.float().square().mean(-1, keepdim=True))
+
+    def scale(self, x: Tensor, mean_square: Tensor) -> Tensor:
+        """x normalised by a mean of squares [..., 1], float32, that is already known."""
+        x32 = x.float() * torch.rsqrt(mean_square + self.eps)
         return self.weight * x32.to(x.dtype)
 
 
@@ -72,44 +79,52 @@ class Embeddings(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ViTConfig, kernel: AttentionKernel) -> None:
+    def __init__(self, config: ViTConfig, kernel: AttentionKernel, group: Group) -> None:
         super().__init__()
         D = config.hidden_size
-        self.num_heads = config.num_heads
+        first, last = head_span(config, group.rank, group.size)
+        self.num_heads = last - first
+        self.hidden_size = D
         self.kernel = kernel
-        self.qkv = nn.Linear(D, 3 * D, bias=config.qkv_bias)
-        # Over all heads together, not head by head.
-        self.q_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.proj = nn.Linear(D, D)
+        self.group = group
+        width = self.num_heads * config.head_dim
+        self.qkv = nn.Linear(D, 3 * width, bias=config.qkv_bias)
+        self.q_norm = RMSNorm(width, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(width, config.norm_eps) if config.qk_norm else None
+        self.proj = nn.Linear(width, D, bias=group.rank == 0)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).chunk(3, dim=-1)  # each [B, N, D]
-        q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self.qkv(x).chunk(3, dim=-1)  # each [B, N, H d]
+        if self.q_norm is not None and self.k_norm is not None:
+            # Over all heads together, not head by head: the mean of squares is over all ranks.
+            squares = torch.stack([t.float().square().sum(-1) for t in (q, k)], dim=-1)
+            squares = self.group.all_reduce(squares) / self.hidden_size  # [B, N, 2]
+            q = self.q_norm.scale(q, squares[..., :1])
+            k = self.k_norm.scale(k, squares[..., 1:])
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))  # [B, N, H, d]
-        out: Tensor = self.proj(self.kernel(q, k, v).flatten(2))  # [B, N, D]
-        return out
+        return self.group.all_reduce(self.proj(self.kernel(q, k, v).flatten(2)))  # [B, N, D]
 
 
 class MLP(nn.Module):
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, config: ViTConfig, group: Group) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        first, last = mlp_span(config, group.rank, group.size)
+        self.group = group
+        self.fc1 = nn.Linear(config.hidden_size, last - first)
+        self.fc2 = nn.Linear(last - first, config.hidden_size, bias=group.rank == 0)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(F.gelu(self.fc1(x)))  # inside [B, N, M]
-        return out
+        return self.group.all_reduce(self.fc2(F.gelu(self.fc1(x))))  # inside [B, N, M]
 
 
 class Block(nn.Module):
-    def __init__(self, config: ViTConfig, kernel: AttentionKernel) -> None:
+    def __init__(self, config: ViTConfig, kernel: AttentionKernel, group: Group) -> None:
         super().__init__()
         self.norm1 = make_norm(config)
-        self.attn = Attention(config, kernel)
+        self.attn = Attention(config, kernel, group)
         self.ls1 = nn.Parameter(torch.empty(config.hidden_size))
         self.norm2 = make_norm(config)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, group)
         self.ls2 = nn.Parameter(torch.empty(config.hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -119,9 +134,11 @@ class Block(nn.Module):
 
 
 class Blocks(nn.Module):
-    def __init__(self, config: ViTConfig, num_blocks: int, kernel: AttentionKernel) -> None:
+    def __init__(
+        self, config: ViTConfig, num_blocks: int, kernel: AttentionKernel, group: Group
+    ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Block(config, kernel) for _ in range(num_blocks))
+        self.layers = nn.ModuleList(Block(config, kernel, group) for _ in range(num_blocks))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.layers:
@@ -130,17 +147,39 @@ class Blocks(nn.Module):
 
 
 class InternViT(nn.Module):
-    """The first `num_blocks` blocks of the network.
+    """The first `num_blocks` blocks of the network, as far as one rank holds them.
 
     Parameters are left as torch makes them: build on the meta device and assign a checkpoint's.
     """
 
-    def __init__(self, config: ViTConfig, num_blocks: int, kernel: AttentionKernel) -> None:
+    def __init__(
+        self,
+        config: ViTConfig,
+        num_blocks: int,
+        kernel: AttentionKernel,
+        group: Group = ALONE,
+    ) -> None:
         super().__init__()
         self.embeddings = Embeddings(config)
-        self.encoder = Blocks(config, num_blocks, kernel)
+        self.encoder = Blocks(config, num_blocks, kernel, group)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Normalised pixels [B, 3, S, S] → tokens [B, N, D] of the last block that is there."""
         tokens: Tensor = self.encoder(self.embeddings(pixels))
         return tokens
+
+    def compile_blocks(self) -> None:
+        """Lets torch.compile fuse what lies between the matrix products.
+
+        Blocks are alike, so one is compiled and all use its code; any number of tiles will do.
+        """
+        for block in self.encoder.layers:
+            block.compile(dynamic=True)
+
+    def to_float8(self) -> None:
+        """Gives the blocks' linear layers float8 weights, one after the other."""
+        for block in self.encoder.layers:
+            for module in list(block.modules()):
+                for name, linear in list(module.named_children()):
+                    if isinstance(linear, nn.Linear):
+                        setattr(module, name, Float8Linear.from_weight(linear.weight, linear.bias))

@@ -70,6 +70,15 @@ class StageSeconds(Record):
     write: float
 
 
+class Computed(Record):
+    """How embeddings were computed; several where replicas of different kinds took part."""
+
+    device: str
+    tensor_parallel: int
+    attention: str
+    batch_tiles: int
+
+
 class Commit(Record):
     """`samples` in the tar = distinct samples in `parts` + rows in `rejects_part`."""
 
@@ -83,6 +92,7 @@ class Commit(Record):
     truncated_at: int | None
     parts: tuple[PartFile, ...]
     rejects_part: PartFile | None
+    computed: tuple[Computed, ...]
     seconds: StageSeconds
     committed_at: str
 

@@ -215,7 +215,9 @@ def build_dataset(shards: Sequence[Shard], settings: FlowSettings) -> Dataset:
 
     smallest, largest = settings.replicas
     on_gpu = settings.replica.device == "cuda"
-    resources: dict[str, float] = {"num_gpus": 1} if on_gpu else {"num_cpus": CPU_REPLICA_CPUS}
+    resources: dict[str, float] = (
+        {"num_gpus": settings.replica.tensor_parallel} if on_gpu else {"num_cpus": CPU_REPLICA_CPUS}
+    )
     items = [{"url": shard.url, "name": shard.name} for shard in shards]
     return (
         ray.data.from_items(items, override_num_blocks=len(items))

@@ -93,6 +93,19 @@ class Seconds:
         )
 
 
+@dataclass(frozen=True, order=True)
+class Compute:
+    """What a replica came to where an option left it the choice: recorded, as it decides bits.
+
+    `device` is "cpu" or the GPU's name.
+    """
+
+    device: str
+    tensor_parallel: int
+    attention: str
+    batch_tiles: int
+
+
 @dataclass(frozen=True)
 class ShardEnd:
     """What the reader knows once it has seen the whole shard.
@@ -119,6 +132,7 @@ class Head:
     last_chunk: bool = False
     end: ShardEnd | None = None
     seconds: Seconds = field(default_factory=Seconds)
+    compute: Compute | None = None
 
     @property
     def chunk_id(self) -> str:
@@ -130,10 +144,11 @@ class Head:
     @staticmethod
     def load(data: bytes) -> Head:
         fields = json.loads(data)
-        end = fields.pop("end")
+        end, compute = fields.pop("end"), fields.pop("compute")
         return Head(
             **{**fields, "seconds": Seconds(**fields["seconds"])},
             end=None if end is None else ShardEnd(**end),
+            compute=None if compute is None else Compute(**compute),
         )
 
 

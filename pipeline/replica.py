@@ -1,9 +1,10 @@
 """One whole model behind Ray Data's `embed` stage.
 
 A replica is an actor with `num_gpus` = its tensor-parallel size; it loads the model once and turns
-chunks into embeddings. An error of the encoder ends the process: Ray starts it again and gives it
-the chunk once more, where a raised exception would end the whole job. A chunk during which replicas
-died three times becomes rejects, so that one poisonous picture is no crash loop.
+chunks into embeddings. Split over several GPUs, the actor is rank 0 and starts the other ranks on
+its node; they live and die with it. An error of the encoder ends the process: Ray starts it again
+and gives it the chunk once more, where a raised exception would end the whole job. A chunk during
+which replicas died three times becomes rejects, so that one poisonous picture is no crash loop.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import ray
 from ray.actor import ActorHandle
@@ -21,7 +22,7 @@ from model.checkpoint import open_checkpoint, weights_digest
 from model.errors import CheckpointError
 from pipeline.chunks import Chunk
 from pipeline.embedding import PartSettings, embed_chunk, reject_chunk
-from pipeline.records import Row
+from pipeline.records import Compute, Row
 
 logger = logging.getLogger(__name__)
 
@@ -32,19 +33,22 @@ EXIT_ENCODER_FAILED = 70
 @dataclass(frozen=True)
 class ReplicaSettings:
     """What a replica loads, and how it computes. `revision` and `weights_digest` are resolved;
-    `cpu_sharers` replicas share a machine's cores where there is no GPU.
+    `cpu_sharers` replicas share a machine's cores where there is no GPU; ranks that make no
+    progress for `hang_seconds` are ended.
     """
 
     model: str
     revision: str | None
     weights_digest: str
     device: Literal["cpu", "cuda"]
-    dtype: Literal["bfloat16", "float32"]
+    dtype: Literal["bfloat16", "float16", "float32", "fp8"]
     attention: str
     layer: int
     batch_tiles: int | None
     parts: PartSettings
+    tensor_parallel: int = 1
     cpu_sharers: int = 1
+    hang_seconds: float = 120.0
 
 
 class Deaths:
@@ -69,6 +73,7 @@ class Replica:
         import torch  # not for the driver, which imports this module
 
         from model.encoder import Encoder
+        from model.ranks import ParallelEncoder
 
         checkpoint = open_checkpoint(settings.model, settings.revision)
         if (found := weights_digest(checkpoint)) != settings.weights_digest:
@@ -76,19 +81,33 @@ class Replica:
                 f"{settings.model}: the weights on node {ray.util.get_node_ip_address()} differ "
                 f"from the driver's ({found[:12]}, {settings.weights_digest[:12]}); copy them anew"
             )
-        if settings.device == "cpu":  # Ray sets one thread for an actor of less than two CPUs
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.cpu_sharers))
         self._parts = settings.parts
         self._deaths = deaths
-        self._encoder = Encoder.load(
-            checkpoint,
-            dtype=settings.dtype,
-            device=settings.device,
-            layer=settings.layer,
-            features=tuple(settings.parts.features),
-            attention=settings.attention,
-            batch_tiles=settings.batch_tiles,
-        )
+        self._settings = settings
+        # Ray sets one thread for an actor of less than two CPUs.
+        sharers = settings.cpu_sharers * settings.tensor_parallel
+        threads = max(1, (os.cpu_count() or 1) // sharers)
+        how: dict[str, Any] = {
+            "dtype": settings.dtype,
+            "device": settings.device,
+            "layer": settings.layer,
+            "features": tuple(settings.parts.features),
+            "attention": settings.attention,
+            "batch_tiles": settings.batch_tiles,
+        }
+        self._encoder: Encoder | ParallelEncoder
+        if settings.tensor_parallel == 1:
+            torch.set_num_threads(threads)
+            self._encoder = Encoder.load(checkpoint, **how)
+        else:
+            self._encoder = ParallelEncoder(
+                checkpoint,
+                settings.tensor_parallel,
+                threads=threads,
+                hang_seconds=settings.hang_seconds,
+                **how,
+            )
+        self._device = "cpu" if settings.device == "cpu" else torch.cuda.get_device_name()
 
     def __call__(self, row: Row) -> Row:
         chunk = Chunk.load(row)
@@ -101,6 +120,7 @@ class Replica:
         else:
             try:
                 embedded = embed_chunk(chunk, self._encoder.encode, self._parts)
+                embedded = replace(embedded, head=replace(embedded.head, compute=self._compute()))
             except Exception:
                 logger.exception(
                     "chunk %s: the encoder failed; this replica starts again", chunk_id
@@ -109,3 +129,12 @@ class Replica:
                 os._exit(EXIT_ENCODER_FAILED)
         self._deaths.finish.remote(chunk_id)
         return embedded.dump()
+
+    def _compute(self) -> Compute:
+        """`batch_tiles` may change while a replica lives, when memory runs out."""
+        return Compute(
+            self._device,
+            self._settings.tensor_parallel,
+            self._encoder.attention.name,
+            self._encoder.batch_tiles,
+        )

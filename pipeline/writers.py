@@ -14,7 +14,7 @@ from typing import IO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.commits import Commit, PartFile, Source, StageSeconds, commit_url
+from pipeline.commits import Commit, Computed, PartFile, Source, StageSeconds, commit_url
 from pipeline.embedding import PartSettings, part_folder, read_part
 from pipeline.ledger import CompleteShard
 from pipeline.records import (
@@ -95,6 +95,10 @@ def finalize_shard(shard: CompleteShard, settings: FinalizeSettings) -> Commit:
         truncated_at=shard.end.truncated_at,
         parts=tuple(published),
         rejects_part=rejects_part,
+        computed=tuple(
+            Computed(**asdict(how))
+            for how in sorted({part.head.compute for part in shard.parts if part.head.compute})
+        ),
         seconds=StageSeconds(**{k: round(v, 3) for k, v in asdict(seconds).items()}),
         committed_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -229,9 +230,17 @@ def test_an_output_that_holds_foreign_files(refused: Refusal) -> None:
 
 def test_a_tensor_parallel_that_the_cluster_cannot_place(refused: Refusal) -> None:
     """Only Ray knows what the cluster has, so here one starts."""
-    options = ("--model", refused.model, "--tensor-parallel", "4")
+    cores = os.cpu_count() or 1
+    options = ("--model", refused.model, "--tensor-parallel", str(min(5, cores + 1)))
     run = run_cli("extract", refused.good, refused.output, *options)
-    assert_one_line(run, "tensor_parallel 4: the cluster has no GPUs; use 1, or add nodes")
+    assert_one_line(run, f"the cluster has no GPUs, and its largest node has {cores} CPUs")
+
+
+def test_a_tensor_parallel_beyond_the_heads(refused: Refusal) -> None:
+    options = ("--model", refused.model, "--tensor-parallel", "6")
+    refused.check(
+        "extract", refused.good, refused.output, *options, says=("the checkpoint has 5 heads",)
+    )
 
 
 def png_of(width: int, height: int) -> bytes:

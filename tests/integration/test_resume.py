@@ -7,16 +7,13 @@ import os
 import random
 import signal
 import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.builders import (
-    cli_env,
     files_below,
     picture,
     run_cli,
@@ -24,6 +21,7 @@ from tests.builders import (
     write_checkpoint,
     write_tar,
 )
+from tests.running import comparable, started_cli, wait_until
 
 NUM_SHARDS = 10
 PICTURES = 8
@@ -63,23 +61,10 @@ def undisturbed(job: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
     return output
 
 
-@contextmanager
-def started(job: tuple[Path, Path], output: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A running job, and its whole process tree gone afterwards."""
-    arguments = ["extract", str(job[0]), str(output), "--model", str(job[1]), *OPTIONS]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "jobs.cli", *arguments],
-        env=cli_env(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+def started(
+    job: tuple[Path, Path], output: Path
+) -> AbstractContextManager[subprocess.Popen[bytes]]:
+    return started_cli("extract", job[0], output, "--model", job[1], *OPTIONS)
 
 
 def kill_driver(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
@@ -88,29 +73,6 @@ def kill_driver(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     process.send_signal(signal.SIGKILL)
     process.wait()
     return tree
-
-
-def wait_until(process: subprocess.Popen[bytes], condition: object, seconds: float = 90) -> None:
-    assert callable(condition)
-    for _ in range(int(seconds / 0.05)):
-        if condition() or process.poll() is not None:
-            return
-        try:
-            process.wait(timeout=0.05)
-        except subprocess.TimeoutExpired:
-            continue
-    raise AssertionError("the job never came so far")
-
-
-def comparable(output: Path) -> dict[str, bytes]:
-    """Every file as it is; of a commit, all but when and how fast."""
-    files = files_below(output)
-    for name, data in files.items():
-        if name.startswith("commits/"):
-            commit = json.loads(data)
-            del commit["seconds"], commit["committed_at"]
-            files[name] = json.dumps(commit).encode()
-    return files
 
 
 def test_ten_kills_at_random_moments_change_no_byte(

@@ -198,10 +198,10 @@ def test_features_do_not_hold_on_to_the_tokens() -> None:
     [
         ({"layer": 3}, "layer: 3; the checkpoint has 3 blocks: -3 to -1, or 0 to 2"),
         ({"layer": -4}, "layer: -4; the checkpoint has 3 blocks"),
-        ({"dtype": "float64"}, "choose one of ['float32', 'bfloat16']"),
+        ({"dtype": "float64"}, "choose one of ['bfloat16', 'float16', 'float32', 'fp8']"),
         ({"features": ["cls", "max"]}, "features: ['cls', 'max']; choose some of ['cls', 'mean']"),
         ({"features": []}, "features: []"),
-        ({"attention": "flash-attn-9"}, "choose auto or one of ['sdpa']"),
+        ({"attention": "flash-attn-9"}, "choose one of ['auto', 'sdpa', 'cudnn'"),
         ({"device": "tpu"}, "choose one of ['cpu', 'cuda']"),
         ({"batch_tiles": 0}, "batch_tiles: 0"),
     ],
@@ -218,7 +218,7 @@ def test_what_is_not_on_offer_is_a_user_error(
 def test_cuda_without_cuda_is_a_user_error(
     checkpoints: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     with pytest.raises(UserError, match="torch finds no CUDA device"):
         Encoder.load(checkpoints["rms_norm"], dtype="float32", device="cuda")
 

@@ -11,6 +11,7 @@ import pytest
 from model.errors import UserError
 from pipeline.commits import (
     Commit,
+    Computed,
     Dataset,
     PartFile,
     Source,
@@ -44,6 +45,7 @@ def commit(shard: str) -> Commit:
         truncated_at=None,
         parts=(PartFile(path=f"embeddings/{shard}.parquet", bytes=1, sha256="0" * 64, rows=2),),
         rejects_part=None,
+        computed=(Computed(device="cpu", tensor_parallel=1, attention="sdpa", batch_tiles=4),),
         seconds=StageSeconds(read=1, tile=2, embed=3, write=4),
         committed_at="2026-01-01T00:00:00+00:00",
     )

@@ -1,0 +1,410 @@
+"""One model split over processes of one machine: tensor-parallel ranks.
+
+The process that makes a `ParallelEncoder` is rank 0; it starts the others. They start, work, fail
+and end as one:
+
+- a rank that dies, or that makes no progress for `hang_seconds`, ends all of them, rank 0 included:
+  a rank that waits inside a collective can be helped in no other way;
+- when rank 0 dies the kernel kills the others (PR_SET_PDEATHSIG); when it is stopped, they kill it.
+
+Tiles reach the ranks once, through memory they share. What a rank prints goes to rank 0's stderr
+with the rank's number in front.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import mmap
+import os
+import queue
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.distributed import FileStore  # type: ignore[attr-defined]
+
+from model.attention import Choice
+from model.checkpoint import Checkpoint, open_checkpoint
+from model.encoder import DType, Encoder
+from model.group import Group, distributed_group
+from model.split import check_ranks
+
+logger = logging.getLogger(__name__)
+
+EXIT_RANKS_FAILED = 71
+HANG_SECONDS = 120.0
+LOAD_SECONDS = 1800.0  # 11 GB from a cold disk, and kernels compiled
+GRACE_SECONDS = 10.0
+POLL_SECONDS = 0.2
+BEATS_BYTES = mmap.PAGESIZE
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@dataclass(frozen=True)
+class RankSettings:
+    """What every rank must do alike. `folder` is the checkpoint's; `threads` are a rank's own."""
+
+    size: int
+    folder: str
+    dtype: DType
+    device: str
+    layer: int
+    features: Sequence[str]
+    attention: str
+    batch_tiles: int | None
+    threads: int
+    hang_seconds: float
+
+    def load(self, rank: int, beat: Callable[[], None], store: int) -> Encoder:
+        """Joins the other ranks, through the file with descriptor `store`, and loads its part."""
+        group = _join(rank, self.size, self.device, beat, store)
+        torch.set_num_threads(self.threads)
+        return Encoder.load(
+            open_checkpoint(self.folder),
+            dtype=self.dtype,
+            device=self.device,
+            layer=self.layer,
+            features=self.features,
+            attention=self.attention,
+            batch_tiles=self.batch_tiles,
+            group=group,
+        )
+
+
+def _join(rank: int, size: int, device: str, beat: Callable[[], None], store: int) -> Group:
+    # The ranks of a replica are on one machine; loopback is the one interface it surely has.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    place = torch.device("cuda", rank) if device == "cuda" else torch.device("cpu")
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    torch.distributed.init_process_group(
+        "nccl" if place.type == "cuda" else "gloo",
+        # A file in memory: no port that others could reach, nothing left behind on a disk.
+        store=FileStore(f"/proc/self/fd/{store}", size),
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=LOAD_SECONDS),
+        device_id=place if place.type == "cuda" else None,
+    )
+    return distributed_group(rank, size, place, beat)
+
+
+class SharedMemory:
+    """Memory of all ranks: a count of each one's collectives, and the tiles of one call."""
+
+    def __init__(self, descriptor: int, size: int) -> None:
+        self.descriptor = descriptor
+        if os.fstat(descriptor).st_size < BEATS_BYTES:
+            os.ftruncate(descriptor, BEATS_BYTES)
+        self._tiles = mmap.mmap(descriptor, BEATS_BYTES)
+        beats = mmap.mmap(descriptor, BEATS_BYTES)
+        self.beats = np.frombuffer(beats, np.uint64, size)
+
+    def tiles(self, shape: Sequence[int]) -> npt.NDArray[np.uint8]:
+        """uint8 of this shape [n, S, S, 3]; what an earlier call gave is overwritten."""
+        num_bytes = int(np.prod(shape))
+        if len(self._tiles) < BEATS_BYTES + num_bytes:
+            if os.fstat(self.descriptor).st_size < BEATS_BYTES + num_bytes:
+                os.ftruncate(self.descriptor, BEATS_BYTES + num_bytes)
+            self._tiles = mmap.mmap(self.descriptor, BEATS_BYTES + num_bytes)
+        return np.frombuffer(self._tiles, np.uint8, num_bytes, BEATS_BYTES).reshape(shape)
+
+
+class Pulse:
+    """Tells whether ranks that should be at work still make progress."""
+
+    def __init__(self, beats: npt.NDArray[np.uint64]) -> None:
+        self._beats = beats
+        self._limit: float | None = None
+        self._seen: list[int] = []
+        self._changed_at = 0.0
+
+    @contextmanager
+    def busy(self, limit: float) -> Iterator[None]:
+        """Inside, `hung` becomes true when no rank has been heard of for `limit` seconds."""
+        self._changed_at, self._limit = time.monotonic(), limit
+        try:
+            yield
+        finally:
+            self._limit = None
+
+    def hung(self) -> bool:
+        limit, beats = self._limit, self._beats.tolist()
+        if beats != self._seen:
+            self._seen, self._changed_at = beats, time.monotonic()
+        return limit is not None and time.monotonic() - self._changed_at > limit
+
+
+class ParallelEncoder:
+    """`Encoder`, split over `size` ranks of which this process is the first."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        size: int,
+        *,
+        dtype: DType,
+        device: str,
+        layer: int = -1,
+        features: Sequence[str] = ("cls", "mean"),
+        attention: str = "auto",
+        batch_tiles: int | None = None,
+        threads: int = 1,
+        hang_seconds: float = HANG_SECONDS,
+        on_failure: Callable[[str], None] | None = None,
+    ) -> None:
+        """Starts the ranks and loads the model; `threads` of torch on a CPU are for each rank.
+
+        `on_failure` is called with the reason when a rank has died or hangs, from a thread of its
+        own, after the others were killed; by default it ends this process. Raises UserError for
+        what `Encoder.load` refuses.
+        """
+        check_ranks(checkpoint.config, size)
+        settings = RankSettings(
+            size=size,
+            folder=str(checkpoint.folder),
+            dtype=dtype,
+            device=device,
+            layer=layer,
+            features=features,
+            attention=attention,
+            batch_tiles=batch_tiles,
+            threads=threads,
+            hang_seconds=hang_seconds,
+        )
+        self._hang_seconds = hang_seconds
+        self._memory = SharedMemory(os.memfd_create("tessera-tiles"), size)
+        store = os.memfd_create("tessera-store")  # never closed: torch's store opens it at its end
+        self._pulse = Pulse(self._memory.beats)
+        self._ranks = _Ranks(settings, self._memory, store, self._pulse, on_failure or _end_process)
+        try:
+            with self._pulse.busy(LOAD_SECONDS):
+                self._ranks.start()
+                self._encoder = settings.load(0, _beat(self._memory, 0), store)
+                self._ranks.gather()
+            self._ranks.loaded = True
+        except BaseException:
+            self.close()
+            raise
+
+    def encode(self, tiles: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[np.float32]]:
+        """As `Encoder.encode`. Bad tiles are refused before another rank hears of them."""
+        self._encoder.check(tiles)
+        if not len(tiles):
+            return self._encoder.encode(tiles)
+        self._memory.tiles(tiles.shape)[...] = tiles
+        with self._pulse.busy(self._hang_seconds):
+            try:
+                self._ranks.tell({"encode": tiles.shape})
+                features = self._encoder.encode(tiles)
+                self._ranks.gather()
+            except Exception:
+                # A collective breaks off when another rank has died: its watcher knows which.
+                self._ranks.join(GRACE_SECONDS)
+                raise
+        return features
+
+    @property
+    def attention(self) -> Choice:
+        return self._encoder.attention
+
+    @property
+    def batch_tiles(self) -> int:
+        return self._encoder.batch_tiles
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of ranks 1, 2, …"""
+        return [process.pid for process in self._ranks.processes]
+
+    def close(self) -> None:
+        """Ends the other ranks."""
+        self._ranks.close()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _end_process(reason: str) -> None:
+    logging.shutdown()
+    os._exit(EXIT_RANKS_FAILED)
+
+
+def _beat(memory: SharedMemory, rank: int) -> Callable[[], None]:
+    def beat() -> None:
+        memory.beats[rank] += 1
+
+    return beat
+
+
+class _Ranks(threading.Thread):
+    """Starts ranks 1..N-1, hears what they say, and watches over them.
+
+    It is this thread that starts them: the kernel's death signal comes when the thread that started
+    a process ends, and this one lives as long as its process.
+    """
+
+    def __init__(
+        self,
+        settings: RankSettings,
+        memory: SharedMemory,
+        store: int,
+        pulse: Pulse,
+        on_failure: Callable[[str], None],
+    ) -> None:
+        super().__init__(name="ranks", daemon=True)
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self._settings = settings
+        self._memory = memory
+        self._store = store
+        self._pulse = pulse
+        self._on_failure = on_failure
+        self.loaded = False
+        self._started = threading.Event()
+        self._closing = threading.Event()
+        self._replies: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def start(self) -> None:
+        super().start()
+        self._started.wait()
+
+    def tell(self, command: Mapping[str, Any]) -> None:
+        line = json.dumps(command).encode() + b"\n"
+        for process in self.processes:
+            assert process.stdin is not None
+            process.stdin.write(line)
+            process.stdin.flush()
+
+    def gather(self) -> None:
+        """Waits until each rank has said that it is done."""
+        for _ in self.processes:
+            self._replies.get()
+
+    def close(self) -> None:
+        self._closing.set()
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        self.join()
+
+    def run(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            try:
+                for rank in range(1, self._settings.size):
+                    self._start_rank(rank, selector)
+            finally:
+                self._started.set()
+            while not self._closing.is_set():
+                for key, _ in selector.select(POLL_SECONDS):
+                    if not key.data():
+                        selector.unregister(key.fd)
+                        os.close(key.fd)
+                for rank, process in enumerate(self.processes, 1):
+                    if process.poll() is not None:
+                        self._fail(f"rank {rank} ended with status {process.returncode}", selector)
+                        return
+                if self._pulse.hung():
+                    beats = ", ".join(map(str, self._memory.beats))
+                    self._fail(f"no rank makes progress (collectives of each: {beats})", selector)
+                    return
+
+    def _start_rank(self, rank: int, selector: selectors.BaseSelector) -> None:
+        reply_from, reply_to = os.pipe()
+        print_from, print_to = os.pipe()
+        job = {
+            "rank": rank,
+            "parent": os.getpid(),
+            "memory": self._memory.descriptor,
+            "store": self._store,
+            "reply": reply_to,
+            "settings": asdict(self._settings),
+        }
+        process = subprocess.Popen(  # noqa: S603 this interpreter and our own module
+            [sys.executable, "-m", "model.ranks", json.dumps(job)],
+            stdin=subprocess.PIPE,
+            stdout=print_to,
+            stderr=print_to,
+            pass_fds=(reply_to, self._memory.descriptor, self._store),
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            start_new_session=True,  # a Ctrl-C is for rank 0, which decides
+        )
+        os.close(reply_to)
+        os.close(print_to)
+        self.processes.append(process)
+        unfinished = bytearray()
+
+        def hear() -> bool:
+            said = os.read(reply_from, 1)
+            if said:
+                self._replies.put(rank)
+            return bool(said)
+
+        def forward() -> bool:
+            said = os.read(print_from, 1 << 16)
+            *lines, rest = (unfinished + said).split(b"\n")
+            unfinished[:] = rest
+            for line in lines:
+                print(f"rank {rank}: {line.decode(errors='replace')}", file=sys.stderr, flush=True)
+            return bool(said)
+
+        for descriptor, heard in ((reply_from, hear), (print_from, forward)):
+            selector.register(descriptor, selectors.EVENT_READ, heard)
+
+    def _fail(self, reason: str, selector: selectors.BaseSelector) -> None:
+        # What one rank refuses while it loads, rank 0 refuses too, and says so better.
+        if self._closing.wait(0.0 if self.loaded else GRACE_SECONDS):
+            return
+        logger.error("tensor-parallel ranks: %s; all of them end", reason)
+        for process in self.processes:
+            process.kill()
+        for key in selector.get_map().values():  # their last words
+            while key.data():
+                pass
+        self._on_failure(reason)
+
+
+def main() -> None:
+    """A rank other than the first. Ends when its stdin does."""
+    job = json.loads(sys.argv[1])
+    rank, parent, settings = job["rank"], job["parent"], RankSettings(**job["settings"])
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:
+        return  # it died before the call above
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.INFO)
+    memory = SharedMemory(job["memory"], settings.size)
+    pulse = Pulse(memory.beats)
+    threading.Thread(target=_watch_parent, args=(pulse, parent), daemon=True).start()
+    encoder = settings.load(rank, _beat(memory, rank), job["store"])
+    os.write(job["reply"], b".")
+    for line in sys.stdin.buffer:
+        shape = json.loads(line)["encode"]
+        # Rank 0 is the first to give up; where it cannot, stopped as it is, this one ends it.
+        with pulse.busy(1.5 * settings.hang_seconds):
+            encoder.encode(memory.tiles(shape))
+        os.write(job["reply"], b".")
+
+
+def _watch_parent(pulse: Pulse, parent: int) -> None:
+    never = threading.Event()
+    while not never.wait(POLL_SECONDS):
+        if pulse.hung():
+            print("rank 0 makes no progress and does not end itself; it is killed", flush=True)
+            os.kill(parent, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""A model split over two ranks in real jobs: ranks and replicas die, and no byte changes."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from jobs.cluster import Pool, connect
+from jobs.config import ExtractConfig
+from jobs.extract import describe, flow_settings
+from model.checkpoint import open_checkpoint
+from pipeline.commits import Commit, Computed, open_output
+from pipeline.dataflow import Tally, run_shards
+from pipeline.shards import list_shards
+from pipeline.storage import Storage
+from tests.builders import files_below, picture, run_cli, sample, write_checkpoint, write_tar
+from tests.running import comparable, started_cli, wait_until
+
+NUM_SHARDS = 6
+OPTIONS = ("--tensor-parallel", "2", "--dtype", "float32", "--batch-tiles", "2")
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("parallel")
+    for shard in range(NUM_SHARDS):
+        members = []
+        for index in range(12):
+            members += sample(f"{index:03d}", picture(300 + 20 * index, 260, 100 * shard + index))
+        write_tar(folder / "in" / f"{shard:05d}.tar", members)
+    return folder / "in", write_checkpoint(folder / "model", image_size=448)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(job: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    done = run_cli("extract", job[0], output, "--model", job[1], *OPTIONS)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def test_two_ranks_embed_what_one_does(
+    job: tuple[Path, Path], undisturbed: Path, tmp_path: Path
+) -> None:
+    done = run_cli("extract", job[0], tmp_path / "out", "--model", job[1], "--dtype", "float32")
+    assert done.returncode == 0, done.stderr
+    for name in ("00000", "00005"):
+        tables = [
+            pq.read_table(output / "embeddings" / f"{name}.parquet")
+            for output in (undisturbed, tmp_path / "out")
+        ]
+        assert tables[0].drop(["cls"]) == tables[1].drop(["cls"])
+        two, one = (t["cls"].combine_chunks().flatten().to_numpy() for t in tables)
+        assert abs(two - one).max() <= 2e-3 * abs(one).max()  # float16
+    (computed,) = Commit.parse((undisturbed / "commits/00000.json").read_bytes(), "").computed
+    assert computed == Computed(device="cpu", tensor_parallel=2, attention="sdpa", batch_tiles=2)
+
+
+@pytest.mark.parametrize("title", ["model.ranks", "ray::MapWorker(MapBatches(Replica))"])
+def test_a_killed_rank_or_replica_changes_no_byte(
+    title: str, job: tuple[Path, Path], undisturbed: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    killed: list[int] = []
+
+    def kill_one(process: subprocess.Popen[bytes]) -> bool:
+        killed.extend(p.pid for p in processes(process.pid, title)[:1])
+        for pid in killed:
+            psutil.Process(pid).kill()
+        return bool(killed)
+
+    with started_cli("extract", job[0], output, "--model", job[1], *OPTIONS) as process:
+        wait_until(process, lambda: files_below(output / "commits"))
+        wait_until(process, lambda: kill_one(process))
+        tree = psutil.Process(process.pid).children(recursive=True)
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode == 0, stderr.decode()
+    assert len(killed) == 1
+    assert not psutil.wait_procs(tree, timeout=60)[1]
+    assert comparable(output) == comparable(undisturbed)
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    connect(local=True)
+    yield
+    ray.shutdown()
+
+
+def test_a_stopped_rank_changes_no_byte(
+    local_ray: None, job: tuple[Path, Path], undisturbed: Path, tmp_path: Path
+) -> None:
+    """The job's own dataflow, with a shorter patience than users have."""
+    config = ExtractConfig(
+        input=(str(job[0]),),
+        output=str(tmp_path / "out"),
+        model=str(job[1]),
+        dtype="float32",
+        tensor_parallel=2,
+        batch_tiles=2,
+    )
+    storage, checkpoint = Storage(), open_checkpoint(config.model)
+    dataset = describe(config, checkpoint)
+    open_output(config.output, dataset, storage)
+    settings = flow_settings(
+        config, checkpoint, dataset, Pool("cpu", (1, 1), 2, 2, 32, None), storage, "run"
+    )
+    settings = replace(settings, replica=replace(settings.replica, hang_seconds=3.0))
+    stopped: list[psutil.Process] = []
+
+    def stop_one(tally: Tally) -> None:
+        if tally.committed and not stopped:
+            stopped.extend(processes(psutil.Process().pid, "model.ranks"))
+            for rank in stopped:
+                rank.send_signal(signal.SIGSTOP)
+
+    tally = run_shards(list_shards(config.input, storage), settings, stop_one, threading.Event())
+
+    assert tally.failures == []
+    assert tally.committed == NUM_SHARDS
+    assert len(stopped) == 1
+    assert not psutil.wait_procs(stopped, timeout=10)[1]
+    storage.remove(str(tmp_path / "out" / "_runs"))
+    assert comparable(tmp_path / "out") == comparable(undisturbed)
+
+
+def processes(pid: int, title: str) -> list[psutil.Process]:
+    """Descendants whose command line has `title` in it."""
+    found = []
+    for child in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if title in " ".join(child.cmdline()):
+                found.append(child)
+    return found

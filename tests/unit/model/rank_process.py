@@ -1,0 +1,29 @@
+"""A process that is rank 0, for tests that stop or kill ranks: python -m … CHECKPOINT SIZE HANG.
+
+Prints the process ids of the other ranks, then embeds without end, a line for each time.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+
+from model.checkpoint import open_checkpoint
+from model.ranks import ParallelEncoder
+
+if __name__ == "__main__":
+    checkpoint = open_checkpoint(sys.argv[1])
+    encoder = ParallelEncoder(
+        checkpoint,
+        int(sys.argv[2]),
+        dtype="float32",
+        device="cpu",
+        hang_seconds=float(sys.argv[3]),
+    )
+    print(*encoder.pids, flush=True)
+    side = checkpoint.config.image_size
+    tiles = np.zeros((8, side, side, 3), np.uint8)
+    while True:
+        encoder.encode(tiles)
+        print("embedded", flush=True)

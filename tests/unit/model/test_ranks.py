@@ -1,0 +1,124 @@
+"""Tensor-parallel ranks as real processes on gloo: they agree with one, and fail as one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from model.checkpoint import open_checkpoint
+from model.config import Layout
+from model.encoder import Encoder
+from model.errors import UserError
+from model.random_checkpoint import write_random_checkpoint
+from model.ranks import EXIT_RANKS_FAILED, ParallelEncoder
+from tests.builders import REPOSITORY
+from tests.checkpoints import tiny_config
+
+HANG_SECONDS = 2.0
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout", "size"),
+    [
+        ("rms_norm", "remote-code", 2),
+        ("rms_norm", "transformers", 3),
+        ("rms_norm", "internvl", 5),
+        ("layer_norm", "transformers", 2),
+        ("layer_norm", "internvl", 3),
+        ("layer_norm", "remote-code", 5),
+    ],
+)
+def test_ranks_agree_with_one(kind: str, layout: Layout, size: int, tmp_path: Path) -> None:
+    write_random_checkpoint(tmp_path, tiny_config(kind, 56), seed=1, layout=layout)
+    checkpoint = open_checkpoint(str(tmp_path))
+    tiles = np.random.default_rng(size).integers(0, 256, (7, 56, 56, 3), dtype=np.uint8)
+    expected = Encoder.load(checkpoint, dtype="float32", device="cpu").encode(tiles)
+    encoder = ParallelEncoder(checkpoint, size, dtype="float32", device="cpu", batch_tiles=3)
+    try:
+        assert len(encoder.pids) == size - 1
+        few = encoder.encode(tiles[:2])  # shared memory grows with the next call
+        found = encoder.encode(tiles)
+        none = encoder.encode(tiles[:0])
+        with pytest.raises(ValueError, match="expected uint8"):
+            encoder.encode(tiles.astype(np.float32))
+        again = encoder.encode(tiles)  # the refusal left the ranks in step
+    finally:
+        encoder.close()
+    for feature, values in expected.items():
+        assert relative_error(found[feature], values) <= 1e-5
+        assert relative_error(few[feature], values[:2]) <= 1e-5
+        assert none[feature].shape == (0, values.shape[1])
+        np.testing.assert_array_equal(again[feature], found[feature])
+    assert not any(map(psutil.pid_exists, encoder.pids))
+
+
+def test_what_one_encoder_refuses_ranks_refuse_and_leave_no_process(tmp_path: Path) -> None:
+    write_random_checkpoint(tmp_path, tiny_config("rms_norm", 56), seed=1)
+    checkpoint = open_checkpoint(str(tmp_path))
+    with pytest.raises(UserError, match="tensor_parallel: 6; the checkpoint has 5 heads"):
+        ParallelEncoder(checkpoint, 6, dtype="float32", device="cpu")
+    with pytest.raises(UserError, match="features"):
+        ParallelEncoder(checkpoint, 2, dtype="float32", device="cpu", features=("max",))
+    assert not [c for c in psutil.Process().children() if "model.ranks" in c.cmdline()]
+
+
+@contextmanager
+def rank_zero(folder: Path, size: int) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """A process that embeds without end, and the other ranks' process ids."""
+    write_random_checkpoint(folder, tiny_config("rms_norm", 56), seed=1)
+    arguments = [str(folder), str(size), str(HANG_SECONDS)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.unit.model.rank_process", *arguments],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        pids = [int(pid) for pid in process.stdout.readline().split()]
+        assert process.stdout.readline() == "embedded\n"
+        yield process, pids
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_ranks_end_as_one(rank: int, signum: signal.Signals, tmp_path: Path) -> None:
+    with rank_zero(tmp_path, 3) as (process, pids):
+        others = [psutil.Process(pid) for pid in pids]
+        os.kill([process.pid, *pids][rank], signum)
+        process.stdout.close()  # type: ignore[union-attr]
+        _, stderr = process.communicate(timeout=30)
+        assert not psutil.wait_procs(others, timeout=10)[1], "a rank is left behind"
+    if rank == 0:  # killed, or stopped and then killed by another rank
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == EXIT_RANKS_FAILED, stderr
+        said = f"rank {rank} ended" if signum == signal.SIGKILL else "no rank makes progress"
+        assert said in stderr
+
+
+def test_what_a_rank_prints_has_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONFAULTHANDLER", "1")
+    with rank_zero(tmp_path, 2) as (process, pids):
+        os.kill(pids[0], signal.SIGABRT)
+        process.stdout.close()  # type: ignore[union-attr]
+        _, stderr = process.communicate(timeout=30)
+    assert "rank 1: Fatal Python error: Aborted\n" in stderr
+    assert "rank 1 ended with status -6; all of them end" in stderr
