@@ -35,11 +35,13 @@ OPTIONS = "--dtype float32 --features cls --carry txt"
 class Sample:
     """Proportional set size of a process tree in bytes: shared pages count once in the sum.
 
-    `shared` is the part of it that lies in shared memory: the object store.
+    `shared` is the part of it that lies in shared memory: the object store; `files` the part that
+    is mapped files.
     """
 
     total: int
     shared: int
+    files: int
     processes: Counter[str] = field(default_factory=Counter)
     by_role: Counter[str] = field(default_factory=Counter)
 
@@ -57,8 +59,8 @@ class Case:
 # wait for the replica; `fast` makes them faster than it takes them. The smaller case of each pair
 # is large enough to fill the buffers, so that what is compared is the steady state.
 CASES = (
-    Case("20 small shards", 20, 40, "center-crop", "exact"),
-    Case("200 small shards", 200, 40, "center-crop", "exact"),
+    Case("20 small shards", 20, 80, "center-crop", "exact"),
+    Case("200 small shards", 200, 80, "center-crop", "exact"),
     Case("one shard of 500 pictures", 1, 500, "dynamic", "fast"),
     Case("one shard of 5000 pictures", 1, 5000, "dynamic", "fast"),
 )
@@ -135,7 +137,7 @@ def watch(command: list[str]) -> list[Sample]:
 
 
 def sample_tree(pid: int) -> Sample:
-    total = shared = 0
+    total = shared = files = 0
     processes: Counter[str] = Counter()
     by_role: Counter[str] = Counter()
     root = psutil.Process(pid)
@@ -150,10 +152,11 @@ def sample_tree(pid: int) -> Sample:
             continue
         total += sizes["Pss"]
         shared += sizes["Pss_Shmem"]
+        files += sizes["Pss_File"]
         processes[role] += 1
         by_role[role] += sizes["Pss"] - sizes["Pss_Shmem"]
     by_role["object store"] = shared
-    return Sample(total, shared, processes, by_role)
+    return Sample(total, shared, files, processes, by_role)
 
 
 ROLES = (

@@ -8,7 +8,7 @@ nothing with the encoder's. The reference computes in float32. What is allowed, 
 |---|---|---|
 | float32  | float32 | relative error ≤ 1e-4: another order of sums |
 | float32  | float16 | relative error ≤ 2e-3: float16 rounds each value by up to 5e-4 of it |
-| bfloat16 | any     | cosine ≥ 0.999: the whole network computes with 8 bits |
+| others   | any     | cosine ≥ 0.999: the whole network computes with 8 to 11 bits, or 4 in fp8 |
 
 The relative error is |stored - reference| / |reference|, in the 2-norm.
 """

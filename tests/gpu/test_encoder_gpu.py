@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from model.encoder import Encoder
+from model.ranks import ParallelEncoder
 from model.reference import load_reference, reference_embeddings
 from tests.checkpoints import KINDS, random_tiles, tiny_checkpoint, tiny_config
 from tests.unit.model.test_encoder import lowest_cosine, relative_error
@@ -69,5 +71,38 @@ def test_the_device_holds_one_copy(tmp_path: Path) -> None:
     before = torch.cuda.memory_allocated()
     encoder = Encoder.load(checkpoint, dtype="float32", device="cuda")
     held = torch.cuda.memory_allocated() - before
-    assert encoder.batch_tiles == 32
+    assert 1 <= encoder.batch_tiles <= 128
     assert 0.95 * size < held < 1.3 * size  # small tensors are rounded up to 512 bytes
+
+
+def test_a_batch_is_found_within_half_a_minute(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path, tiny_config("rms_norm", image_size=448))
+    encoder = Encoder.load(checkpoint, dtype="bfloat16", device="cuda", batch_tiles=2)
+    began = time.perf_counter()
+    found = encoder._find_batch()
+    assert time.perf_counter() - began <= 30
+    assert 1 <= found <= 128
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fp8_on_the_gpu(kind: str, tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path, tiny_config(kind, image_size=448))
+    tiles = random_tiles(3, 448)
+    ours = Encoder.load(checkpoint, dtype="fp8", device="cuda").encode(tiles)
+    theirs = Encoder.load(checkpoint, dtype="float32", device="cpu").encode(tiles)
+    for feature in ("cls", "mean"):
+        assert lowest_cosine(ours[feature], theirs[feature]) >= 0.999
+
+
+def test_two_ranks_on_two_gpus(tmp_path: Path) -> None:
+    assert torch.cuda.device_count() > 1, "this test needs two CUDA devices"
+    checkpoint = tiny_checkpoint(tmp_path, tiny_config("rms_norm", image_size=448))
+    tiles = random_tiles(5, 448)
+    expected = Encoder.load(checkpoint, dtype="float32", device="cpu").encode(tiles)
+    encoder = ParallelEncoder(checkpoint, 2, dtype="float32", device="cuda")
+    try:
+        found = encoder.encode(tiles)
+    finally:
+        encoder.close()
+    for feature in ("cls", "mean"):
+        assert relative_error(found[feature], expected[feature]) <= 1e-5

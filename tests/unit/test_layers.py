@@ -13,7 +13,7 @@ FORBIDDEN = {
     "pipeline": {"jobs"},
     "jobs": {"tests", "benchmarks"},
 }
-RAY_IN_PIPELINE = {"dataflow.py", "replica.py"}
+RAY_IN_PIPELINE = {"dataflow.py", "interruption.py", "replica.py"}
 
 
 def imported(path: Path) -> set[str]:

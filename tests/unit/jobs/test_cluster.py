@@ -1,48 +1,53 @@
-"""What a failing cluster looks like to a user."""
+"""Where replicas go: decided from what the nodes have, before any of them starts."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-from ray.exceptions import RayError, RayTaskError
 
-from jobs import cluster
-from jobs.cluster import broken_runs_explained
-from jobs.terminal import BrokenRunError
-from pipeline.ledger import LedgerError
+from jobs.cluster import plan_pool
+from model.errors import UserError
+
+
+@pytest.fixture
+def gpu_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two nodes of 4 and 2 GPUs, a dead one of 8, and a head without any."""
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 64.0, "GPU": 4.0}},
+        {"Alive": True, "Resources": {"CPU": 32.0, "GPU": 2.0}},
+        {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}},
+        {"Alive": True, "Resources": {"CPU": 8.0}},
+    ]
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 104.0, "GPU": 6.0})
+
+
+@pytest.mark.parametrize(("tensor_parallel", "replicas"), [(1, 6), (2, 3), (3, 1), (4, 1)])
+def test_a_replica_lies_on_one_node(gpu_nodes: None, tensor_parallel: int, replicas: int) -> None:
+    pool = plan_pool(tensor_parallel, None, "bfloat16", started_here=False)
+    assert pool.device == "cuda"
+    assert pool.replicas == (replicas, replicas)
 
 
 @pytest.mark.parametrize(
-    ("error", "cause"),
+    ("tensor_parallel", "replicas", "says"),
     [
-        (
-            RayTaskError(
-                "_tile",
-                "ray::_tile()\n  File x, line 3\nZeroDivisionError: division by zero\n",
-                ZeroDivisionError("division by zero"),
-                proctitle="ray::_tile()",
-                ip="127.0.0.1",
-            ),
-            "ZeroDivisionError: division by zero",
-        ),
-        (RayError("The actor died.\n\tIts node ran out of memory.\n"), "ran out of memory."),
-        (LedgerError("part 00001 000000-000002 came twice"), "000002 came twice"),
+        (5, None, "tensor_parallel 5: no node has that many GPUs .the largest has 4.; use 4"),
+        (2, (4, 4), "replicas 4: the cluster's GPUs hold 3; ask for no more than that"),
     ],
 )
-def test_a_broken_run_is_one_line(
-    error: Exception, cause: str, monkeypatch: pytest.MonkeyPatch
+def test_what_no_node_holds_is_refused(
+    gpu_nodes: None, tensor_parallel: int, replicas: tuple[int, int] | None, says: str
 ) -> None:
-    monkeypatch.setattr(cluster, "log_folder", lambda: Path("/tmp/ray/session/logs"))
-    with pytest.raises(BrokenRunError) as caught, broken_runs_explained():
-        raise error
-    line = str(caught.value)
-    assert line.startswith("the run broke off: ")
-    assert f"{cause}; what is committed stays" in line
-    assert line.endswith("Ray's logs: /tmp/ray/session/logs")
-    assert "\n" not in line
+    with pytest.raises(UserError, match=says):
+        plan_pool(tensor_parallel, replicas, "bfloat16", started_here=False)
 
 
-def test_other_errors_pass() -> None:
-    with pytest.raises(ZeroDivisionError), broken_runs_explained():
-        raise ZeroDivisionError
+def test_fp8_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [{"Alive": True, "Resources": {"CPU": 16.0}}]
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 16.0})
+    with pytest.raises(UserError, match="dtype fp8: the cluster has no GPUs"):
+        plan_pool(1, None, "fp8", started_here=False)
+    with pytest.raises(UserError, match="tensor_parallel 17: .* its largest node has 16 CPUs"):
+        plan_pool(17, None, "bfloat16", started_here=False)
+    assert plan_pool(16, None, "bfloat16", started_here=False).device == "cpu"

@@ -10,11 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from model.checkpoint import Checkpoint, open_checkpoint, write_random_checkpoint
 from model.config import Layout, count_blocks
 from model.encoder import FEATURES, Encoder
 from model.errors import UserError
+from model.float8 import Float8Linear
 from model.reference import load_reference, reference_embeddings
 from tests.checkpoints import KINDS, random_tiles, tiny_checkpoint, tiny_config
 
@@ -239,3 +241,64 @@ def test_other_arrays_are_refused(
     encoder = Encoder.load(checkpoints["rms_norm"], dtype="float32", device="cpu")
     with pytest.raises(ValueError, match="tiles: "):
         encoder.encode(tiles)
+
+
+def test_all_blocks_run_the_code_of_one(checkpoints: dict[str, Checkpoint]) -> None:
+    """What a GPU's encoder compiles: one graph, without a break, for any number of tiles."""
+    encoder = Encoder.load(checkpoints["rms_norm"], dtype="float32", device="cpu", batch_tiles=4)
+    tiles = random_tiles(10, 56)
+    plain = encoder.encode(tiles)
+    torch._dynamo.reset()
+    counters.clear()
+    for block in encoder._network.encoder.layers:
+        block.compile(dynamic=True, fullgraph=True, backend="aot_eager")
+    compiled = encoder.encode(tiles)  # batches of 4, 4 and 2
+    assert counters["stats"]["unique_graphs"] == 1
+    for feature, values in plain.items():
+        assert relative_error(compiled[feature], values) <= 1e-6
+
+
+def test_out_of_memory_halves_the_batch_once(
+    checkpoints: dict[str, Checkpoint],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    encoder = Encoder.load(checkpoints["rms_norm"], dtype="float32", device="cpu", batch_tiles=6)
+    tiles = random_tiles(6, 56)
+    expected = encoder.encode(tiles)
+    forward, room = encoder._forward, 3
+
+    def crowded(batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        if len(batch) > room:
+            raise torch.OutOfMemoryError("no room")
+        return forward(batch)
+
+    monkeypatch.setattr(encoder, "_forward", crowded)
+    found = encoder.encode(tiles)
+    assert encoder.batch_tiles == 3
+    assert [record.message for record in caplog.records] == [
+        "out of memory: batch_tiles is 3 from here on"
+    ]
+    for feature, values in expected.items():
+        assert relative_error(found[feature], values) <= 1e-6
+    room = 2
+    with pytest.raises(torch.OutOfMemoryError):
+        encoder.encode(tiles)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fp8_blocks_stay_close_to_float32(
+    kind: str, checkpoints: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the float8 layers' torch reference, which runs on a CPU though users are refused it."""
+    tiles = random_tiles(4, 56)
+    expected = Encoder.load(checkpoints[kind], dtype="float32", device="cpu").encode(tiles)
+    with pytest.raises(UserError, match="fp8"):
+        Encoder.load(checkpoints[kind], dtype="fp8", device="cpu")
+    monkeypatch.setattr("model.encoder.require_float8", lambda device: None)
+    encoder = Encoder.load(checkpoints[kind], dtype="fp8", device="cpu")
+    layers = [m for m in encoder._network.modules() if isinstance(m, Float8Linear)]
+    assert len(layers) == 4 * checkpoints[kind].config.num_layers
+    for feature, values in encoder.encode(tiles).items():
+        assert lowest_cosine(values, expected[feature]) >= 0.998
+        assert relative_error(values, expected[feature]) > 1e-3  # was it float8 at all?

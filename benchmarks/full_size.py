@@ -1,0 +1,158 @@
+"""Does the whole InternViT-6B-448px-V1-5 load on a machine of 24 GiB, at one rank and at two?
+
+python -m benchmarks.full_size [--folder FOLDER] [--results FOLDER]
+
+Writes a checkpoint of the real shape with random bfloat16 weights, four files of 11 GB together,
+loads it in processes of their own, and checks one block's output against transformers' and the
+whole network's at two ranks against that at one. Ends with status 1 where they differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from benchmarks.memory import MIB, watch
+from benchmarks.record import RESULTS, Cell, Table, machine, write_result
+from model.checkpoint import open_checkpoint
+from model.config import ViTConfig
+from model.encoder import Encoder
+from model.random_checkpoint import write_random_checkpoint
+from model.ranks import ParallelEncoder
+from model.reference import load_reference, reference_embeddings
+from model.tensor_names import num_parameters
+
+V1_5 = ViTConfig(3200, 45, 25, 12800, 448, 14, "rms_norm", True, False)
+NUM_FILES = 4
+MIN_COSINE = 0.9995  # of bfloat16 against float32, and of two ranks against one
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, help="where 11 GB fit [default: a temporary folder]")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
+    parser.add_argument("--phase", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.phase:
+        run_phase(options.phase, options.folder)
+        return
+    about = machine()
+    with tempfile.TemporaryDirectory(prefix="tessera-6b-", dir=options.folder) as name:
+        folder = Path(name)
+        began = time.perf_counter()
+        write_random_checkpoint(folder, V1_5, seed=0, dtype="bfloat16", num_files=NUM_FILES)
+        written = time.perf_counter() - began
+        weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        swapped = swap_pages()
+        rows: list[tuple[Cell, ...]] = []
+        for phase in ("block", "1", "2"):
+            command = [sys.executable, "-m", "benchmarks.full_size", "--folder", name]
+            samples = watch([*command, "--phase", phase])
+            peak = max(samples, key=lambda sample: sample.total)
+            anonymous = max(sample.total - sample.files for sample in samples)
+            figures = json.loads((folder / f"{phase}.json").read_text())
+            rows.append(
+                (
+                    {"block": "one block, one rank"}.get(phase, f"45 blocks, ranks: {phase}"),
+                    figures["load_seconds"],
+                    figures["encode_seconds"],
+                    round(peak.total / MIB),
+                    round(anonymous / MIB),
+                )
+            )
+            print(rows[-1], file=sys.stderr)
+        swapped = swap_pages() - swapped
+        block = cosine(folder / "block.npy", folder / "oracle.npy")
+        ranks = cosine(folder / "2.npy", folder / "1.npy")
+    columns = ("", "seconds to load", "seconds for a tile", "peak MiB", "of it not file pages")
+    table = Table("The 6B shape in bfloat16 on this CPU", columns, tuple(rows))
+    notes = [
+        f"{num_parameters(V1_5):,} parameters, {NUM_FILES} files, {weights / 1e9:.2f} GB, "
+        f"written in {written:.0f} s",
+        f"pages swapped out meanwhile: {swapped}",
+        "peak: proportional set size of the process tree; one rank's weights are the mapped files "
+        "themselves, two ranks' are copies of their slices",
+        f"first block against transformers' in float32: smallest cosine {block:.6f}",
+        f"cls of 45 blocks, two ranks against one: cosine {ranks:.6f}",
+    ]
+    print(write_result("full-size", "cpu", about, [table], notes, options.results))
+    if min(block, ranks) < MIN_COSINE or swapped:
+        sys.exit("full size: NOT as it should be; see the notes")
+
+
+def run_phase(phase: str, folder: Path) -> None:
+    """One load, in this process: `block` (the first block, and transformers'), or ranks."""
+    checkpoint = open_checkpoint(str(folder))
+    tiles = np.random.default_rng(0).integers(0, 256, (1, 448, 448, 3), dtype=np.uint8)
+    began = time.perf_counter()
+    encoder: Encoder | ParallelEncoder
+    if phase == "2":
+        threads = max(1, (os.cpu_count() or 1) // 2)
+        encoder = ParallelEncoder(checkpoint, 2, dtype="bfloat16", device="cpu", threads=threads)
+    else:
+        layer = 0 if phase == "block" else -1
+        encoder = Encoder.load(checkpoint, dtype="bfloat16", device="cpu", layer=layer)
+    loaded = time.perf_counter()
+    features = encoder.encode(tiles)
+    ended = time.perf_counter()
+    if isinstance(encoder, ParallelEncoder):
+        encoder.close()
+    values = np.concatenate([features["cls"], features["mean"]])
+    np.save(folder / f"{phase}.npy", values)
+    if phase == "block":
+        first = open_checkpoint(str(copy_first_block(folder)))
+        oracle = load_reference(first, "float32", "cpu")
+        expected = reference_embeddings(oracle, first, tiles, ("cls", "mean"))
+        np.save(folder / "oracle.npy", np.concatenate([expected["cls"], expected["mean"]]))
+    figures = {
+        "load_seconds": round(loaded - began, 1),
+        "encode_seconds": round(ended - loaded, 1),
+    }
+    (folder / f"{phase}.json").write_text(json.dumps(figures))
+
+
+def copy_first_block(folder: Path) -> Path:
+    """A checkpoint of the first block alone, for the oracle, which reads a checkpoint whole."""
+    target = folder / "first-block"
+    target.mkdir()
+    tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                if name.startswith(("embeddings.", "encoder.layers.0.")):
+                    tensors[name] = opened.get_tensor(name)
+    save_file(tensors, target / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 1}
+    (target / "config.json").write_text(json.dumps(config))
+    shutil.copy(folder / "preprocessor_config.json", target)
+    return target
+
+
+def cosine(one: Path, other: Path) -> float:
+    """The smallest over rows."""
+    a, b = np.load(one).astype(np.float64), np.load(other).astype(np.float64)
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return float(((a * b).sum(1) / norms).min())
+
+
+def swap_pages() -> int:
+    """Pages swapped out since the machine started."""
+    for line in Path("/proc/vmstat").read_text().splitlines():
+        if line.startswith("pswpout "):
+            return int(line.split()[1])
+    raise subprocess.SubprocessError("/proc/vmstat has no pswpout")
+
+
+if __name__ == "__main__":
+    main()
