@@ -6,7 +6,7 @@ TORCH := torch==2.13.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := model pipeline jobs tests benchmarks
 
-.PHONY: help demo test test-s3 test-gpu test-pillow fmt lint bench clean
+.PHONY: help demo test test-s3 test-gpu test-pillow fmt lint bench bench-gpu full-size clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -54,6 +54,15 @@ bench: $(VENV)/.installed-dev  ## all benchmarks; results go to benchmarks/resul
 	$(BIN)/python -m benchmarks.stages
 	$(BIN)/python -m benchmarks.end_to_end
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.encoder
+	$(BIN)/python -m benchmarks.tensor_parallel
+
+bench-gpu: $(VENV)/.installed-dev  ## the benchmarks of the network alone on a CUDA device (no Ray)
+	$(BIN)/python -m benchmarks.encoder --device cuda --profile
+	$(BIN)/python -m benchmarks.tensor_parallel --device cuda
+
+full-size: $(VENV)/.installed-dev  ## load the whole 6B shape at one rank and two (11 GB of disk, 24 GiB, minutes)
+	$(BIN)/python -m benchmarks.full_size
 
 clean:  ## remove what the demo and the tests left
 	rm -rf tessera-demo .mypy_cache .ruff_cache .hypothesis

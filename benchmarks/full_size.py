@@ -23,17 +23,16 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from benchmarks.contenders import V1_5
 from benchmarks.memory import MIB, watch
 from benchmarks.record import RESULTS, Cell, Table, machine, write_result
 from model.checkpoint import open_checkpoint
-from model.config import ViTConfig
 from model.encoder import Encoder
 from model.random_checkpoint import write_random_checkpoint
 from model.ranks import ParallelEncoder
 from model.reference import load_reference, reference_embeddings
 from model.tensor_names import num_parameters
 
-V1_5 = ViTConfig(3200, 45, 25, 12800, 448, 14, "rms_norm", True, False)
 NUM_FILES = 4
 MIN_COSINE = 0.9995  # of bfloat16 against float32, and of two ranks against one
 

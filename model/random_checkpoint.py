@@ -37,7 +37,7 @@ def write_random_checkpoint(
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "config.json", _config_json(config, layout, dtype))
+    _write_json(folder / "config.json", config_json(config, layout, dtype))
     _write_json(folder / "preprocessor_config.json", _preprocessor_json(config.image_size))
 
     prefix = "vision_model." if layout == "internvl" else ""
@@ -49,7 +49,7 @@ def write_random_checkpoint(
         tensors: dict[str, torch.Tensor] = {}
         first, last = (len(shapes) * n // num_files for n in (i, i + 1))
         for name, shape in shapes[first:last]:
-            value = _random(name, shape, generator).to(getattr(torch, dtype))
+            value = random_parameter(name, shape, generator).to(getattr(torch, dtype))
             names = tensor_names(name, layout, prefix)
             rows = value.chunk(len(names)) if len(names) > 1 else (value,)
             tensors |= {n: r.contiguous() for n, r in zip(names, rows, strict=True)}
@@ -67,7 +67,7 @@ def write_random_checkpoint(
         _write_json(folder / "model.safetensors.index.json", index)
 
 
-def _random(name: str, shape: Shape, generator: torch.Generator) -> torch.Tensor:
+def random_parameter(name: str, shape: Shape, generator: torch.Generator) -> torch.Tensor:
     """A matrix keeps the size of what it multiplies; vectors scatter about their usual value."""
     import torch
 
@@ -83,7 +83,7 @@ def _random(name: str, shape: Shape, generator: torch.Generator) -> torch.Tensor
     return noise / math.sqrt(math.prod(shape[1:]))  # by the number of summands
 
 
-def _config_json(config: ViTConfig, layout: Layout, dtype: str) -> dict[str, Any]:
+def config_json(config: ViTConfig, layout: Layout, dtype: str) -> dict[str, Any]:
     shared = {
         "attention_dropout": 0.0,
         "hidden_act": "gelu",

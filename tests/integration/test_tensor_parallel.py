@@ -66,26 +66,31 @@ def test_two_ranks_embed_what_one_does(
     assert computed == Computed(device="cpu", tensor_parallel=2, attention="sdpa", batch_tiles=2)
 
 
-@pytest.mark.parametrize("title", ["model.ranks", "ray::MapWorker(MapBatches(Replica))"])
-def test_a_killed_rank_or_replica_changes_no_byte(
-    title: str, job: tuple[Path, Path], undisturbed: Path, tmp_path: Path
+def test_a_killed_rank_and_a_killed_replica_change_no_byte(
+    job: tuple[Path, Path], undisturbed: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
     killed: list[int] = []
 
-    def kill_one(process: subprocess.Popen[bytes]) -> bool:
-        killed.extend(p.pid for p in processes(process.pid, title)[:1])
-        for pid in killed:
-            psutil.Process(pid).kill()
-        return bool(killed)
+    def kill_one(process: subprocess.Popen[bytes], title: str) -> bool:
+        """Kills one that is at work: rank 1 is there as soon as all have loaded."""
+        found = processes(process.pid, title)
+        for victim in found:
+            victim.kill()
+        killed.extend(victim.pid for victim in found)
+        return bool(found)
 
     with started_cli("extract", job[0], output, "--model", job[1], *OPTIONS) as process:
         wait_until(process, lambda: files_below(output / "commits"))
-        wait_until(process, lambda: kill_one(process))
+        wait_until(process, lambda: kill_one(process, "model.ranks"))
+        seen = len(files_below(output / "commits"))
+        wait_until(process, lambda: len(files_below(output / "commits")) > seen)
+        wait_until(process, lambda: kill_one(process, "ray::MapWorker(MapBatches(Replica))"))
         tree = psutil.Process(process.pid).children(recursive=True)
         _, stderr = process.communicate(timeout=120)
         assert process.returncode == 0, stderr.decode()
-    assert len(killed) == 1
+    assert len(killed) == 2
+    assert b"rank 1 ended with status -9" in stderr
     assert not psutil.wait_procs(tree, timeout=60)[1]
     assert comparable(output) == comparable(undisturbed)
 

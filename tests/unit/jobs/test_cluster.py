@@ -48,6 +48,6 @@ def test_fp8_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 16.0})
     with pytest.raises(UserError, match="dtype fp8: the cluster has no GPUs"):
         plan_pool(1, None, "fp8", started_here=False)
-    with pytest.raises(UserError, match="tensor_parallel 17: .* its largest node has 16 CPUs"):
+    with pytest.raises(UserError, match=r"tensor_parallel 17: .* its largest node has 16 CPUs"):
         plan_pool(17, None, "bfloat16", started_here=False)
     assert plan_pool(16, None, "bfloat16", started_here=False).device == "cpu"

@@ -97,8 +97,10 @@ def rank_zero(folder: Path, size: int) -> Iterator[tuple[subprocess.Popen[str], 
         process.communicate()
 
 
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("rank", "signum"),
+    [(0, signal.SIGKILL), (0, signal.SIGSTOP), (1, signal.SIGKILL), (2, signal.SIGSTOP)],
+)
 def test_ranks_end_as_one(rank: int, signum: signal.Signals, tmp_path: Path) -> None:
     with rank_zero(tmp_path, 3) as (process, pids):
         others = [psutil.Process(pid) for pid in pids]
