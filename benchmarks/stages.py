@@ -33,6 +33,7 @@ from pipeline.embedding import PartSettings, embed_chunk, write_part
 from pipeline.ledger import CompleteShard
 from pipeline.records import Head, Part, Seconds, Shard, ShardEnd, rejects_table, sample_schema
 from pipeline.samples import GroupRow, ReadSettings, read_groups
+from pipeline.stages import tile_stage
 from pipeline.storage import Storage
 from pipeline.tiling import Tiling
 from pipeline.writers import FinalizeSettings, finalize_shard
@@ -164,6 +165,7 @@ def reading(stage: str, url: str, options: dict[str, str], tar: Path, seconds: f
 def tiling(tar: Path, seconds: float) -> list[Figure]:
     settings = ReadSettings(Storage(), ("jpg",), ("txt",))
     (group,) = read_groups(Shard(str(tar), "tiling"), settings)
+    dumped = group.dump()
     figures = []
     for mode in ("dynamic", "center-crop"):
         for resize in ("exact", "fast"):
@@ -171,7 +173,7 @@ def tiling(tar: Path, seconds: float) -> list[Figure]:
             how_to = TileSettings(how, ("txt",), deadline_seconds=60, chunk_tiles=ROWS)
 
             def work(settings: TileSettings = how_to) -> int:
-                return sum(len(chunk.tiles) for chunk in tile_group(group, settings))
+                return sum(row["tiles"].shape[1] for row in tile_stage(dumped, settings))
 
             tiles = work()
             passes = timed(work, seconds)

@@ -278,9 +278,9 @@ def read_weights(
 ) -> dict[str, Tensor]:
     """The named parts of our network's parameters from a checkpoint of any layout.
 
-    Files are memory-mapped, and of a tensor only the part is read. A whole tensor that already has
-    the dtype and stays in host memory is the mapped file itself; any other is converted or sent to
-    the device one by one.
+    Files are memory-mapped, and of a tensor only the part is read. What already has the dtype, lies
+    in one piece and stays in host memory is the mapped file itself; the rest is converted or sent
+    to the device one by one.
     """
     with ExitStack() as stack:
         files = [stack.enter_context(safe_open(path, framework="pt")) for path in checkpoint.files]

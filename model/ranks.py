@@ -165,13 +165,11 @@ class ParallelEncoder:
         batch_tiles: int | None = None,
         threads: int = 1,
         hang_seconds: float = HANG_SECONDS,
-        on_failure: Callable[[str], None] | None = None,
     ) -> None:
         """Starts the ranks and loads the model; `threads` of torch on a CPU are for each rank.
 
-        `on_failure` is called with the reason when a rank has died or hangs, from a thread of its
-        own, after the others were killed; by default it ends this process. Raises UserError for
-        what `Encoder.load` refuses.
+        When a rank has died or hangs, this process ends with EXIT_RANKS_FAILED. Raises UserError
+        for what `Encoder.load` refuses.
         """
         check_ranks(checkpoint.config, size)
         settings = RankSettings(
@@ -190,7 +188,7 @@ class ParallelEncoder:
         self._memory = SharedMemory(os.memfd_create("tessera-tiles"), size)
         store = os.memfd_create("tessera-store")  # never closed: torch's store opens it at its end
         self._pulse = Pulse(self._memory.beats)
-        self._ranks = _Ranks(settings, self._memory, store, self._pulse, on_failure or _end_process)
+        self._ranks = _Ranks(settings, self._memory, store, self._pulse)
         try:
             with self._pulse.busy(LOAD_SECONDS):
                 self._ranks.start()
@@ -238,11 +236,6 @@ class ParallelEncoder:
             torch.distributed.destroy_process_group()
 
 
-def _end_process(reason: str) -> None:
-    logging.shutdown()
-    os._exit(EXIT_RANKS_FAILED)
-
-
 def _beat(memory: SharedMemory, rank: int) -> Callable[[], None]:
     def beat() -> None:
         memory.beats[rank] += 1
@@ -263,7 +256,6 @@ class _Ranks(threading.Thread):
         memory: SharedMemory,
         store: int,
         pulse: Pulse,
-        on_failure: Callable[[str], None],
     ) -> None:
         super().__init__(name="ranks", daemon=True)
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -271,7 +263,6 @@ class _Ranks(threading.Thread):
         self._memory = memory
         self._store = store
         self._pulse = pulse
-        self._on_failure = on_failure
         self.loaded = False
         self._started = threading.Event()
         self._closing = threading.Event()
@@ -333,7 +324,8 @@ class _Ranks(threading.Thread):
             "settings": asdict(self._settings),
         }
         process = subprocess.Popen(  # noqa: S603 this interpreter and our own module
-            [sys.executable, "-m", "model.ranks", json.dumps(job)],
+            # -P: whatever lies in the current folder is not ours
+            [sys.executable, "-P", "-m", "model.ranks", json.dumps(job)],
             stdin=subprocess.PIPE,
             stdout=print_to,
             stderr=print_to,
@@ -373,7 +365,8 @@ class _Ranks(threading.Thread):
         for key in selector.get_map().values():  # their last words
             while key.data():
                 pass
-        self._on_failure(reason)
+        logging.shutdown()
+        os._exit(EXIT_RANKS_FAILED)
 
 
 def main() -> None:
