@@ -99,9 +99,9 @@ class Encoder:
         must be called on all ranks with the same tiles.
 
         `layer` counts block outputs like a Python list: -1 is the last block, 0 the first.
-        On a GPU the blocks are compiled, and `batch_tiles` None is found by trying, within half a
-        minute; on a CPU it is CPU_BATCH_TILES. Raises UserError for a value that is not on offer,
-        naming those that are.
+        On a GPU the blocks are compiled, and `batch_tiles` None is found by trying, half a minute
+        behind that; on a CPU it is CPU_BATCH_TILES. Raises UserError for a value that is not on
+        offer, naming those that are.
         """
         if dtype not in DTYPES:
             raise UserError(f"dtype: {dtype!r} is not available; choose one of {list(DTYPES)}")
@@ -124,8 +124,8 @@ class Encoder:
             name: part_of(name, config, group.rank, group.size) or WHOLE
             for name in network.state_dict()
         }
-        weights = read_weights(checkpoint, parts, DTYPES[dtype], place)
-        network.load_state_dict(weights, assign=True)
+        # no name for the weights: fp8 drops them layer by layer
+        network.load_state_dict(read_weights(checkpoint, parts, DTYPES[dtype], place), assign=True)
         network.requires_grad_(False).eval()
         if dtype == "fp8":
             network.to_float8()
@@ -141,10 +141,12 @@ class Encoder:
         )
         if place.type == "cuda":
             network.compile_blocks()
+            torch.cuda.empty_cache()
             if batch_tiles is None:
                 encoder.batch_tiles = encoder._find_batch()
-            else:  # compiles
+            else:  # compiles; torch has code of its own for a single tile
                 encoder._seconds(batch_tiles)
+                encoder._seconds(1)
         return encoder
 
     @torch.inference_mode()
@@ -169,13 +171,12 @@ class Encoder:
         return self._encode(tiles)
 
     def _encode(self, tiles: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[np.float32]]:
-        # All is put under way before anything is waited for: micro-batches go to the device while
-        # others are computed there, and features stay until the last one is done.
-        batches = [
-            self._stage(tiles[start : start + self.batch_tiles])
+        # A GPU's work is put under way before any of it is waited for: the next micro-batch goes
+        # there while this one is computed, and features stay until the last one is done.
+        outputs = [
+            self._forward(self._stage(tiles[start : start + self.batch_tiles]))
             for start in range(0, len(tiles), self.batch_tiles)
         ]
-        outputs = [self._forward(batch()) for batch in batches]
         empty = np.empty((0, self.checkpoint.config.hidden_size), np.float32)
         return {
             feature: torch.cat([o[feature] for o in outputs]).cpu().numpy() if outputs else empty
@@ -193,26 +194,22 @@ class Encoder:
         if tiles.shape[1] % self.checkpoint.config.patch_size:
             raise ValueError(f"tiles: edge {tiles.shape[1]} does not divide into patches")
 
-    def _stage(self, tiles: npt.NDArray[np.uint8]) -> Callable[[], Tensor]:
-        """Sends a micro-batch to the device; gives what hands it over there, uint8 [b, S, S, 3].
+    def _stage(self, tiles: npt.NDArray[np.uint8]) -> Tensor:
+        """Sends a micro-batch [b, S, S, 3] to the device, ready for the work that follows there.
 
-        A staging copy, because torch takes no read-only array.
+        By way of a staging copy, because torch takes no read-only array.
         """
         if self._copies is None:
-            return lambda: torch.from_numpy(tiles.copy())
+            return torch.from_numpy(tiles.copy())
         staged = torch.empty(tiles.shape, dtype=torch.uint8, pin_memory=True)
         staged.numpy()[...] = tiles
         with torch.cuda.stream(self._copies):
             sent = staged.to(self._device, non_blocking=True)
             arrived = self._copies.record_event()
-
-        def hand_over() -> Tensor:
-            stream = torch.cuda.current_stream(self._device)
-            stream.wait_event(arrived)
-            sent.record_stream(stream)
-            return sent
-
-        return hand_over
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(arrived)
+        sent.record_stream(stream)
+        return sent
 
     def _forward(self, tiles: Tensor) -> dict[str, Tensor]:
         """uint8 [b, S, S, 3] on the device → each feature there, float32 [b, hidden]."""
@@ -221,12 +218,27 @@ class Encoder:
         return {feature: FEATURES[feature](tokens) for feature in self.features}
 
     def _find_batch(self) -> int:
-        """Tiles of a forward pass by trying: rank 0 decides, the others follow."""
+        """Tiles of a forward pass by trying: rank 0 decides, the others follow.
+
+        Raises UserError where several ranks run out of memory: they cannot go on from there.
+        """
+
+        def trial(tiles: int) -> float:
+            try:
+                return self._seconds(self._group.from_first(tiles))
+            except torch.OutOfMemoryError as error:
+                if self._group.size == 1:
+                    raise
+                raise UserError(
+                    f"batch_tiles: out of memory at {tiles} tiles over {self._group.size} ranks; "
+                    f"give a smaller number instead of auto"
+                ) from error
+
+        largest = self._largest_batch()
+        for tiles in (2, 1)[largest == 1 :]:  # compiles
+            self._seconds(tiles)
         if self._group.rank == 0:
-            found = choose_batch(
-                lambda tiles: self._seconds(self._group.from_first(tiles)),
-                largest=self._largest_batch(),
-            ).batch_tiles
+            found = choose_batch(trial, largest=largest).batch_tiles
             self._group.from_first(0)
             return self._group.from_first(found)
         while tiles := self._group.from_first(0):
@@ -237,15 +249,17 @@ class Encoder:
         """What the free memory of the device holds, by the widest activations of a block."""
         config = self.checkpoint.config
         free, _ = torch.cuda.mem_get_info(self._device)
+        num_tokens = 1 + (self.checkpoint.preprocessor.crop // config.patch_size) ** 2
         # MLP before and after GELU, qkv, three residual streams; half as much again to be safe
         widest = 2 * config.intermediate_size // self._group.size + 6 * config.hidden_size
-        tile_bytes = 1.5 * config.num_tokens * widest * self._dtype.itemsize
-        return max(1, min(LARGEST_BATCH_TILES, int(free / tile_bytes)))
+        tile_bytes = 1.5 * num_tokens * widest * self._dtype.itemsize
+        fitting = max(1, min(LARGEST_BATCH_TILES, int(free / tile_bytes)))
+        return self._group.from_first(fitting)
 
     @torch.inference_mode()
     def _seconds(self, batch_tiles: int) -> float:
         """Seconds of a forward pass of so many tiles: the second one, the first compiles."""
-        side = self.checkpoint.config.image_size
+        side = self.checkpoint.preprocessor.crop
         tiles = torch.zeros(batch_tiles, side, side, 3, dtype=torch.uint8, device=self._device)
         try:
             for _ in range(2):

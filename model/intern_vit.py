@@ -171,7 +171,8 @@ class InternViT(nn.Module):
     def compile_blocks(self) -> None:
         """Lets torch.compile fuse what lies between the matrix products.
 
-        Blocks are alike, so one is compiled and all use its code; any number of tiles will do.
+        Blocks are alike, so one is compiled and all use its code, for any number of tiles; a single
+        tile has code of its own.
         """
         for block in self.encoder.layers:
             block.compile(dynamic=True)

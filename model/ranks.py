@@ -5,7 +5,8 @@ and end as one:
 
 - a rank that dies, or that makes no progress for `hang_seconds`, ends all of them, rank 0 included:
   a rank that waits inside a collective can be helped in no other way;
-- when rank 0 dies the kernel kills the others (PR_SET_PDEATHSIG); when it is stopped, they kill it.
+- when rank 0 dies the kernel kills the others (PR_SET_PDEATHSIG); when it is stopped in the middle
+  of a call, they kill it, later than it would have ended itself.
 
 Tiles reach the ranks once, through memory they share. What a rank prints goes to rank 0's stderr
 with the rank's number in front.
@@ -29,7 +30,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +49,7 @@ EXIT_RANKS_FAILED = 71
 HANG_SECONDS = 120.0
 LOAD_SECONDS = 1800.0  # 11 GB from a cold disk, and kernels compiled
 GRACE_SECONDS = 10.0
+LAST_WORDS_SECONDS = 2.0
 POLL_SECONDS = 0.2
 BEATS_BYTES = mmap.PAGESIZE
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -232,7 +234,8 @@ class ParallelEncoder:
     def close(self) -> None:
         """Ends the other ranks."""
         self._ranks.close()
-        if torch.distributed.is_initialized():
+        # NCCL's group ends with the process: to destroy it waits for ranks that are dead now.
+        if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
             torch.distributed.destroy_process_group()
 
 
@@ -292,25 +295,37 @@ class _Ranks(threading.Thread):
         self.join()
 
     def run(self) -> None:
-        with selectors.DefaultSelector() as selector:
-            try:
-                for rank in range(1, self._settings.size):
-                    self._start_rank(rank, selector)
-            finally:
-                self._started.set()
-            while not self._closing.is_set():
-                for key, _ in selector.select(POLL_SECONDS):
-                    if not key.data():
-                        selector.unregister(key.fd)
-                        os.close(key.fd)
-                for rank, process in enumerate(self.processes, 1):
-                    if process.poll() is not None:
-                        self._fail(f"rank {rank} ended with status {process.returncode}", selector)
-                        return
-                if self._pulse.hung():
-                    beats = ", ".join(map(str, self._memory.beats))
-                    self._fail(f"no rank makes progress (collectives of each: {beats})", selector)
+        try:
+            with selectors.DefaultSelector() as selector:
+                self._watch(selector)
+        except BaseException:
+            logger.exception("tensor-parallel ranks: nobody watches over them any more; they end")
+            self._end()
+        finally:
+            self._started.set()
+
+    def _watch(self, selector: selectors.BaseSelector) -> None:
+        for rank in range(1, self._settings.size):
+            self._start_rank(rank, selector)
+        self._started.set()
+        while not self._closing.is_set():
+            self._hear(selector)
+            for rank, process in enumerate(self.processes, 1):
+                if process.poll() is not None:
+                    self._fail(f"rank {rank} ended with status {process.returncode}", selector)
                     return
+            if self._pulse.hung():
+                beats = ", ".join(map(str, self._memory.beats))
+                self._fail(f"no rank makes progress (collectives of each: {beats})", selector)
+                return
+        for key in selector.get_map().values():
+            os.close(key.fd)
+
+    def _hear(self, selector: selectors.BaseSelector) -> None:
+        for key, _ in selector.select(POLL_SECONDS):
+            if not key.data():
+                selector.unregister(key.fd)
+                os.close(key.fd)
 
     def _start_rank(self, rank: int, selector: selectors.BaseSelector) -> None:
         reply_from, reply_to = os.pipe()
@@ -362,9 +377,14 @@ class _Ranks(threading.Thread):
         logger.error("tensor-parallel ranks: %s; all of them end", reason)
         for process in self.processes:
             process.kill()
-        for key in selector.get_map().values():  # their last words
-            while key.data():
-                pass
+        until = time.monotonic() + LAST_WORDS_SECONDS
+        while selector.get_map() and time.monotonic() < until:
+            self._hear(selector)
+        self._end()
+
+    def _end(self) -> NoReturn:
+        for process in self.processes:
+            process.kill()
         logging.shutdown()
         os._exit(EXIT_RANKS_FAILED)
 

@@ -123,12 +123,19 @@ class Wave:
     def run(self, tick: Callable[[Tally], None]) -> None:
         consumer = threading.Thread(target=self._consume, name="ray-data", daemon=True)
         consumer.start()
-        ended = False
-        while not ended:
-            with suppress(queue.Empty):
-                ended = not self._take(self._rows.get(timeout=TICK_SECONDS))
-            self._collect(timeout=0)
-            tick(self._tally)
+        try:
+            ended = False
+            while not ended:
+                with suppress(queue.Empty):
+                    ended = not self._take(self._rows.get(timeout=TICK_SECONDS))
+                self._collect(timeout=0)
+                tick(self._tally)
+        except Exception:
+            self._stop.set()
+            while consumer.is_alive():  # it may wait for room in the queue
+                with suppress(queue.Empty):
+                    self._rows.get(timeout=TICK_SECONDS)
+            raise
         consumer.join()
         while self._finalizing:
             self._collect(timeout=TICK_SECONDS)

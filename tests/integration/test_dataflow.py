@@ -6,7 +6,7 @@ import io
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +59,9 @@ def white(width: int, height: int) -> bytes:
     return sink.getvalue()
 
 
-def run(folder: Path, checkpoint: Path) -> Tally:
+def run(
+    folder: Path, checkpoint: Path, tick: Callable[[Tally], None] = lambda tally: None
+) -> Tally:
     """The dataflow over `folder`/in into `folder`/out, in this process."""
     config = ExtractConfig(
         input=(str(folder / "in"),),
@@ -77,7 +79,7 @@ def run(folder: Path, checkpoint: Path) -> Tally:
     )
     committed = committed_shards(config.output, storage)
     pending = [s for s in list_shards(config.input, storage) if s.name not in committed]
-    return run_shards(pending, settings, lambda tally: None, threading.Event())
+    return run_shards(pending, settings, tick, threading.Event())
 
 
 def test_a_chunk_that_kills_three_replicas_becomes_rejects(
@@ -122,3 +124,18 @@ def test_an_output_that_cannot_be_written_fails_its_shard_alone(
     blocked.rmdir()
     assert run(tmp_path, checkpoint).failures == []
     assert committed_shards(str(tmp_path / "out"), Storage()) == {"a", "b", "c"}
+
+
+def test_an_error_of_the_driver_ends_the_flow_too(local_ray: None, tmp_path: Path) -> None:
+    """Ray Data's threads would call Ray after its shutdown, and start a second cluster."""
+    for name in ("a", "b", "c"):
+        write_tar(tmp_path / "in" / f"{name}.tar", samples(40, prefix=name))
+
+    def fail(tally: Tally) -> None:
+        if tally.tiles:
+            raise OSError("no space for progress.json")
+
+    with pytest.raises(OSError, match="no space"):
+        run(tmp_path, write_checkpoint(tmp_path / "model"), fail)
+    names = {thread.name for thread in threading.enumerate()}
+    assert not [name for name in names if name.startswith(("ray-data", "StreamingExecutor"))]

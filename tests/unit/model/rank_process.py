@@ -1,6 +1,6 @@
 """A process that is rank 0, for tests that stop or kill ranks: python -m … CHECKPOINT SIZE HANG.
 
-Prints the process ids of the other ranks, then embeds without end, a line for each time.
+Prints the process ids of the other ranks, then embeds without end; a line after the first time.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ if __name__ == "__main__":
     print(*encoder.pids, flush=True)
     side = checkpoint.config.image_size
     tiles = np.zeros((8, side, side, 3), np.uint8)
+    encoder.encode(tiles)
+    print("embedded", flush=True)
     while True:
         encoder.encode(tiles)
-        print("embedded", flush=True)

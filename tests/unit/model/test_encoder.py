@@ -17,6 +17,7 @@ from model.config import Layout, count_blocks
 from model.encoder import FEATURES, Encoder
 from model.errors import UserError
 from model.float8 import Float8Linear
+from model.group import Group
 from model.reference import load_reference, reference_embeddings
 from tests.checkpoints import KINDS, random_tiles, tiny_checkpoint, tiny_config
 
@@ -256,6 +257,35 @@ def test_all_blocks_run_the_code_of_one(checkpoints: dict[str, Checkpoint]) -> N
     assert counters["stats"]["unique_graphs"] == 1
     for feature, values in plain.items():
         assert relative_error(compiled[feature], values) <= 1e-6
+
+
+def test_the_blocks_of_a_rank_run_the_code_of_one_too(checkpoints: dict[str, Checkpoint]) -> None:
+    """Sums over ranks break the graph; the pieces must not grow with the blocks."""
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def doubled(x: torch.Tensor) -> torch.Tensor:
+        return x.mul_(2)  # as a rank that is just like this one would
+
+    group = Group(0, 2, doubled)
+    graphs = []
+    for num_blocks in (1, 3):
+        encoder = Encoder.load(
+            checkpoints["rms_norm"],
+            dtype="float32",
+            device="cpu",
+            layer=num_blocks - 1,
+            group=group,
+        )
+        tiles = random_tiles(6, 56)
+        plain = encoder.encode(tiles)
+        torch._dynamo.reset()
+        counters.clear()
+        for block in encoder._network.encoder.layers:
+            block.compile(dynamic=True, backend="aot_eager")
+        compiled = encoder.encode(tiles)
+        graphs.append(counters["stats"]["unique_graphs"])
+        assert relative_error(compiled["cls"], plain["cls"]) <= 1e-6
+    assert graphs[0] == graphs[1] > 1
 
 
 def test_out_of_memory_halves_the_batch_once(
