@@ -53,7 +53,7 @@ def test_ranks_agree_with_one(kind: str, layout: Layout, size: int, tmp_path: Pa
         found = encoder.encode(tiles)
         none = encoder.encode(tiles[:0])
         with pytest.raises(ValueError, match="expected uint8"):
-            encoder.encode(tiles.astype(np.float32))
+            encoder.encode(tiles[:1].astype(np.float32))
         again = encoder.encode(tiles)  # the refusal left the ranks in step
     finally:
         encoder.close()
