@@ -243,14 +243,14 @@ class Stop:
             for number in STOP_SIGNALS:
                 signal.signal(number, self._handle)
 
-    def ignore(self) -> None:
+    def restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         self.signum = signum
         self.event.set()
-        self.ignore()
+        self.restore()
 
 
 @contextmanager
@@ -260,4 +260,4 @@ def stop_on_signal() -> Iterator[Stop]:
     try:
         yield stop
     finally:
-        stop.ignore()
+        stop.restore()
