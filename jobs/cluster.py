@@ -16,6 +16,7 @@ from ray.exceptions import RayError
 
 from jobs.terminal import BrokenRunError, divert_native_stderr
 from model.errors import UserError
+from pipeline.lease import LeaseLostError
 from pipeline.ledger import LedgerError
 
 # Logical CPUs of a local cluster beyond its cores: reading, writing and the replica mostly wait,
@@ -89,6 +90,10 @@ def broken_runs_explained() -> Iterator[None]:
     """Turns what Ray raises into one line. The line ends with the cause, not with Ray's account."""
     try:
         yield
+    except LeaseLostError as error:
+        raise BrokenRunError(
+            f"the run stops: {error}; what is committed stays, and that run goes on"
+        ) from error
     except (RayError, LedgerError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise BrokenRunError(

@@ -6,7 +6,7 @@ import secrets
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,15 +25,19 @@ from model.config import count_blocks
 from model.split import check_ranks
 from pipeline.chunks import TileSettings
 from pipeline.commits import (
+    LEASE,
     RUNS,
     Dataset,
     Failure,
+    check_output,
     committed_shards,
     open_output,
     stray_files,
 )
 from pipeline.dataflow import FlowSettings, Tally, run_shards
 from pipeline.embedding import PartSettings
+from pipeline.lease import Lease, held
+from pipeline.records import Shard
 from pipeline.replica import ReplicaSettings
 from pipeline.samples import ReadSettings
 from pipeline.shards import list_shards, probe_shards
@@ -95,17 +99,38 @@ def extract(config: ExtractConfig, local_cluster: bool = False) -> Summary:
     dataset = describe(config, checkpoint)
     shards = list_shards(config.input, storage)
     probe_shards(shards, storage)
-    open_output(config.output, dataset, storage)
-    with explained("list", config.output):
-        committed = committed_shards(config.output, storage)
-        pending = [shard for shard in shards if shard.name not in committed]
-        strays = stray_files(config.output, committed, storage)
-        storage.remove(*(join(config.output, name) for name in strays))
-    before = len(shards) - len(pending)
-    if not pending:
-        remove_runs(config.output, storage)
-        return Summary(len(shards), before, 0, 0, 0, {}, (), 0.0)
+    check_output(config.output, dataset, storage)
     run = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
+    with held(config.output, run, storage) as lease:
+        open_output(config.output, dataset, storage)
+        with explained("list", config.output):
+            committed = committed_shards(config.output, storage)
+            pending = [shard for shard in shards if shard.name not in committed]
+            strays = stray_files(config.output, committed, storage)
+            storage.remove(*(join(config.output, name) for name in strays))
+        if not pending:
+            return Summary(len(shards), len(shards), 0, 0, 0, {}, (), 0.0)
+        job = Job(config, checkpoint, dataset, storage, run, lease)
+        return run_job(job, shards, pending, local_cluster)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one run works with; OUTPUT is held by its lease."""
+
+    config: ExtractConfig
+    checkpoint: Checkpoint
+    dataset: Dataset
+    storage: Storage
+    run: str
+    lease: Lease
+
+
+def run_job(
+    job: Job, shards: Sequence[Shard], pending: Sequence[Shard], local_cluster: bool
+) -> Summary:
+    """Computes and commits the pending shards on Ray."""
+    config, storage, run = job.config, job.storage, job.run
     with (
         Reporter(config.output, run, storage) as reporter,
         stop_on_signal() as stop,
@@ -113,17 +138,24 @@ def extract(config: ExtractConfig, local_cluster: bool = False) -> Summary:
     ):
         started_here = connect(local_cluster)
         stop.listen()  # Ray has taken SIGTERM for itself
+
+        def tick(tally: Tally) -> None:
+            job.lease.check()
+            reporter.tick(tally)
+
         try:
             pool = plan_pool(config.tensor_parallel, config.replicas, config.dtype, started_here)
-            settings = flow_settings(config, checkpoint, dataset, pool, storage, run)
+            settings = flow_settings(config, job.checkpoint, job.dataset, pool, storage, run)
             with broken_runs_explained():
-                tally = run_shards(pending, settings, reporter.tick, stop.event)
+                tally = run_shards(pending, settings, tick, stop.event, job.lease.assure)
         finally:
             ray.shutdown()
+            if job.lease.is_lost:  # its successor has cleaned up already, and may be gone
+                storage.remove(join(config.output, RUNS, run))
         finish_run(config.output, run, reporter, tally, storage, stop.signum)
         return Summary(
             len(shards),
-            before,
+            len(shards) - len(pending),
             tally.committed,
             tally.samples,
             tally.tiles,
@@ -223,11 +255,9 @@ def finish_run(
         storage.remove(join(output, RUNS, run, "parts"))
         reporter.record(tally, ended=True)
     else:
-        remove_runs(output, storage)
-
-
-def remove_runs(output: str, storage: Storage) -> None:
-    storage.remove(join(output, RUNS))
+        runs = join(output, RUNS)
+        left = [name for name in storage.list_folder(runs) if not LEASE.match(f"{RUNS}/{name}")]
+        storage.remove(*(join(runs, name) for name in left))
 
 
 class Stop:

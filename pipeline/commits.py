@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 DATASET = "dataset.json"
 RUNS = "_runs"
+LEASE = re.compile(rf"{RUNS}/lease-(\d{{9}})\.json$")
 R = TypeVar("R", bound="Record")
 
 
@@ -164,8 +165,8 @@ def commit_url(output: str, shard: str) -> str:
     return join(output, "commits", f"{shard}.json")
 
 
-def open_output(output: str, wanted: Dataset, storage: Storage) -> None:
-    """Makes OUTPUT, or checks that it was made with the same fingerprint.
+def check_output(output: str, wanted: Dataset, storage: Storage) -> bool:
+    """Whether `dataset.json` is there as wanted; where it is not, it may be written.
 
     Raises:
         UserError: OUTPUT holds something else, or shards made with other settings.
@@ -175,19 +176,30 @@ def open_output(output: str, wanted: Dataset, storage: Storage) -> None:
         if storage.exists(url):
             found = Dataset.parse(storage.read(url), url)
             if found.fingerprint == wanted.fingerprint:
-                return
+                return True
             if committed_shards(output, storage):
                 _refuse_other(output, found, wanted)
             logger.warning("%s: nothing is committed there; its settings change", redact(output))
-            storage.publish_bytes(url, wanted.dump())
-            return
-        file = next(iter(storage.list_files(output)), None)
-        if file is not None and not TEMPORARY.search(file):
+            return False
+        files = storage.list_files(output)
+        foreign = (f for f in files if not TEMPORARY.search(f) and not f.startswith(f"{RUNS}/"))
+        if file := next(foreign, None):
             raise UserError(
                 f"{redact(output)}: holds files (such as {file}) but no {DATASET}; "
                 "give a new or empty OUTPUT"
             )
-        storage.publish_bytes(url, wanted.dump())
+        return False
+
+
+def open_output(output: str, wanted: Dataset, storage: Storage) -> None:
+    """Makes OUTPUT, or checks that it was made with the same fingerprint.
+
+    Raises:
+        UserError: see `check_output`.
+    """
+    if not check_output(output, wanted, storage):
+        with explained("write to", output):
+            storage.publish_bytes(join(output, DATASET), wanted.dump())
 
 
 def read_dataset(output: str, storage: Storage) -> Dataset:
@@ -236,6 +248,8 @@ def stray_files(output: str, committed: set[str], storage: Storage) -> list[str]
     strays = []
     for name in storage.list_files(output):
         folder, _, rest = name.partition("/")
+        if LEASE.match(name):
+            continue  # this run's, or a dead one's that it succeeded; `Lease.release` removes them
         if folder == RUNS or TEMPORARY.search(name):
             strays.append(name)
         elif folder in ("embeddings", "rejects"):

@@ -84,10 +84,12 @@ def run_shards(
     settings: FlowSettings,
     tick: Callable[[Tally], None],
     stop: threading.Event,
+    assure: Callable[[], None] = lambda: None,
 ) -> Tally:
     """Computes and commits shards, wave by wave, until all are done or `stop` is set.
 
-    `tick` is called about twice a second. When stopped, shards whose parts have all come are
+    `tick` is called about twice a second, `assure` before each commit: it raises where the output
+    is no longer this run's. When stopped, shards whose parts have all come are
     still committed.
 
     Raises:
@@ -97,7 +99,8 @@ def run_shards(
     tally = Tally(len(shards))
     for start in range(0, len(shards), WAVE_SHARDS):
         if not stop.is_set():
-            Wave(shards[start : start + WAVE_SHARDS], settings, tally, stop).run(tick)
+            wave = Wave(shards[start : start + WAVE_SHARDS], settings, tally, stop, assure)
+            wave.run(tick)
     return tally
 
 
@@ -110,8 +113,10 @@ class Wave:
         settings: FlowSettings,
         tally: Tally,
         stop: threading.Event,
+        assure: Callable[[], None],
     ) -> None:
         self._settings = settings
+        self._assure = assure
         self._tally = tally
         self._stop = stop
         self._ledger = Ledger(shard.name for shard in shards)
@@ -175,6 +180,11 @@ class Wave:
             return
         while len(self._finalizing) >= self._settings.num_io_tasks:
             self._collect(timeout=TICK_SECONDS)
+        try:
+            self._assure()
+        except OSError as error:
+            self._fail(shard.name, f"the run cannot make sure that the output is its own: {error}")
+            return
         task = ray.remote(num_cpus=0)(finalize_stage)
         self._finalizing[task.remote(shard, self._settings.finalize)] = shard.name
 

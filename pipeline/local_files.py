@@ -9,6 +9,16 @@ from pathlib import Path
 BLOCK_BYTES = 8 << 20
 
 
+def create_local(path: str, data: bytes) -> None:
+    """Writes a new file; its content comes after its name. Raises FileExistsError."""
+    final = Path(path)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with final.open("xb") as sink:
+        sink.write(data)
+        sink.flush()
+        os.fsync(sink.fileno())
+
+
 def publish_local(path: str, data: bytes | None = None, moved: Path | None = None) -> None:
     """Writes beside the final name, fsyncs the file, renames it, fsyncs the folder."""
     final = Path(path)

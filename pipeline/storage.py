@@ -27,7 +27,7 @@ from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from model.errors import UserError
-from pipeline.local_files import BLOCK_BYTES, publish_local
+from pipeline.local_files import BLOCK_BYTES, create_local, publish_local
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -224,6 +224,35 @@ class Storage:
             waits = len(data) / SLOWEST_BYTES_PER_SECOND
             self._call(fs, fs.pipe_file, path, data, what="write", url=url, waits=waits)
 
+    def create(self, url: str, data: bytes) -> None:
+        """Puts an object where there is none.
+
+        Local files and S3 decide between several who try at once; a store that ignores the
+        condition, or cannot express it, replaces what is there.
+
+        Raises:
+            FileExistsError: there is one. Where the answer to a first attempt was lost it may
+                be the caller's own.
+        """
+        fs, path = self.open(url)
+
+        def request(path: str, **deadline: float) -> None:
+            try:
+                fs.pipe_file(path, data, mode="create", **deadline)
+            except OSError as error:
+                if _is_precondition(error):
+                    raise FileExistsError(f"{redact(url)} is there") from error
+                raise
+
+        if isinstance(fs, LocalFileSystem):
+            self._call(fs, create_local, path, data, what="create", url=url)
+        else:
+            self._call(fs, request, path, what="create", url=url)
+
+    def creates_exclusively(self, url: str) -> bool:
+        """Whether `create` is more than a look and a write here, as far as the protocol says."""
+        return fsspec.core.split_protocol(url)[0] in (None, "file", "local", "s3", "s3a", "gs")
+
     def publish_file(self, url: str, local: Path) -> None:
         """Moves a finished local file to its final name, whole, and checks what arrived."""
         fs, path = self.open(url)
@@ -236,6 +265,24 @@ class Storage:
         fs.invalidate_cache()
         if (arrived := self.info(url).size) != size:
             raise OSError(f"{redact(url)}: {arrived} of {size} bytes arrived")
+
+    def list_folder(self, folder: str) -> list[str]:
+        """Names right below a folder, sorted; empty if there is none."""
+        fs, path = self.open(folder)
+        fs.invalidate_cache()
+        try:
+            found = self._call(fs, fs.ls, path, detail=False, what="list", url=folder, waits=60)
+        except FileNotFoundError:
+            return []
+        return sorted(name.rstrip("/").rpartition("/")[2] for name in found)
+
+    def remove_empty(self, folder: str) -> None:
+        """Removes a local folder where nothing is in it; stores have no folders."""
+        fs, path = self.open(folder)
+        if isinstance(fs, LocalFileSystem):
+            with suppress(FileNotFoundError):
+                if not any(Path(path).iterdir()):
+                    Path(path).rmdir()
 
     def remove(self, *urls: str) -> None:
         """Removes objects, or folders with all below them; what is not there is no error."""
@@ -304,6 +351,12 @@ def _raise_if_permanent(fault: BaseException, url: str) -> None:
         raise PermissionError(f"status {status}") from fault
     if isinstance(fault, PERMANENT):
         raise fault
+
+
+def _is_precondition(error: OSError) -> bool:
+    """Whether S3 says so; s3fs knows AWS's words for it only."""
+    answer = getattr(error.__cause__, "response", {})
+    return answer.get("Error", {}).get("Code") in ("PreconditionFailed", "412")
 
 
 def _words(error: BaseException) -> str:

@@ -112,6 +112,28 @@ def test_ten_kills_at_random_moments_change_no_byte(
     assert len(comparable(output)) == 1 + 2 * NUM_SHARDS + len(range(0, NUM_SHARDS, 3))
 
 
+def test_two_at_once(job: tuple[Path, Path], undisturbed: Path, tmp_path: Path) -> None:
+    """One wins, the other says so and stops; also where a first one was killed."""
+    output = tmp_path / "out"
+    with started(job, output) as first:
+        wait_until(first, lambda: files_below(output / "commits"))
+        second = run_cli("extract", job[0], output, "--model", job[1], *OPTIONS, timeout=30)
+        assert second.returncode == 2
+        assert second.stderr.startswith(f"tessera: {output}: another run is at work there (process")
+        assert f"process {first.pid} on" in second.stderr
+        assert second.stderr.count("\n") == 1
+        kill_driver(first)
+    assert [name for name in files_below(output / "_runs") if name.startswith("lease-")]
+    with started(job, output) as third, started(job, output) as fourth:
+        pair = [third, fourth]
+        says = [process.communicate(timeout=120)[1] for process in pair]
+        assert sorted(process.returncode for process in pair) == [0, 2], says
+    loser = says[[process.returncode for process in pair].index(2)]
+    assert b"another run is at work there" in loser
+    assert comparable(output) == comparable(undisturbed)
+    assert not (output / "_runs").exists()
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_job_commits_what_is_complete_and_resumes(
     job: tuple[Path, Path], undisturbed: Path, tmp_path: Path, signum: signal.Signals

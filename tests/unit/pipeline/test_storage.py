@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,35 @@ class TestEveryStorage:
         assert storage.read_range(f"{folder}/a/b/two.bin", 255, 258) == b"\xff\x00\x01"
         assert storage.info(f"{folder}/a/b/two.bin").size == len(DATA)
         assert storage.list_files(folder) == {"a/one.bin": 6, "a/b/two.bin": len(DATA)}
+
+    def test_one_of_many_creates(self, place: tuple[Storage, str]) -> None:
+        storage, folder = place
+        url = f"{folder}/a/lock"
+
+        def create(number: int) -> int | None:
+            try:
+                storage.create(url, f"{number}".encode())
+            except FileExistsError:
+                return None
+            return number
+
+        with ThreadPoolExecutor(8) as pool:
+            (winner,) = [n for n in pool.map(create, range(8)) if n is not None]
+        assert storage.read(url) == f"{winner}".encode()
+        assert storage.creates_exclusively(url)
+
+    def test_a_folder_is_listed_flat(self, place: tuple[Storage, str]) -> None:
+        storage, folder = place
+        assert storage.list_folder(f"{folder}/a") == []
+        for name in ("a/x", "a/b/y", "a/b/z", "c"):
+            storage.publish_bytes(f"{folder}/{name}", b"1")
+        assert storage.list_folder(f"{folder}/a") == ["b", "x"]
+        storage.remove_empty(f"{folder}/a")  # it is not
+        assert storage.list_folder(f"{folder}/a") == ["b", "x"]
+        storage.remove(f"{folder}/a/b", f"{folder}/a/x")
+        storage.remove_empty(f"{folder}/a")
+        storage.remove_empty(f"{folder}/a")
+        assert storage.list_folder(folder) == ["c"]
 
     def test_an_etag_changes_with_the_object(self, place: tuple[Storage, str]) -> None:
         storage, folder = place
