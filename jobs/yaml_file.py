@@ -49,7 +49,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     if len(data) > MAX_BYTES:
         raise UserError(f"{file}: more than {MAX_BYTES} bytes; is it a configuration?")
     try:
-        loaded = yaml.load(data, PlainLoader)  # noqa: S506 it is a SafeLoader
+        loaded = PlainLoader(data).get_single_data()
     except yaml.MarkedYAMLError as error:
         raise UserError(f"{file}: not YAML: {_fault(error)}") from error
     except RecursionError as error:
