@@ -68,8 +68,10 @@ def without_secrets(arguments: Sequence[str]) -> list[str]:
             shown.append("…")
         elif name == OPTION and equals:
             shown.append(f"{OPTION}=…")
+        elif name.startswith("--") and equals:
+            shown.append(f"{name}={redact(value)}")
         else:
-            shown.append(f"{name}={redact(value)}" if name.startswith("--") else redact(argument))
+            shown.append(redact(argument))
     return shown
 
 

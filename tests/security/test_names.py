@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.errors import UserError
@@ -109,7 +109,7 @@ def test_members_names_are_keys_and_never_paths(
 
 BAD_NAMES = [
     "../x", "a/../../x", "..", "a/..", "a\nb", "a\x00b", "a\x1b[2Jb", "a\rb", "a\u2028b", "a\x7fb",
-    "a\u202eb", "./x", "a/./b",
+    "a\u202eb", "./x", "a/./b", ".", "a/.",
 ]  # fmt: skip
 
 
@@ -127,8 +127,10 @@ def test_a_shard_whose_name_leads_elsewhere_is_refused(name: str, tmp_path: Path
             list_shards([f"@{listed}"], STORAGE)
 
 
-GOOD_NAMES = ["-rf", "--help", "dataset", "dataset.json", "_runs", "commits", "a b", "Zürich", "東京",
-              "~", "$HOME", "a;b", "..a", "a..", "...", "%2e%2e", "a\\..\\b", "#x", "?", "x.json"]  # fmt: skip
+GOOD_NAMES = [
+    "-rf", "--help", "dataset", "dataset.json", "_runs", "commits", "a b", "Zürich", "東京", "~",
+    "$HOME", "a;b", "..a", "...", "%2e%2e", "a\\..\\b", "#x", "x.json",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", GOOD_NAMES)
@@ -146,11 +148,12 @@ def test_odd_names_stay_below_their_folders(name: str, tmp_path: Path) -> None:
     assert stray_files(str(tmp_path / "out"), committed, STORAGE) == []
 
 
-@given(st.text(min_size=1, max_size=30))
+@settings(deadline=None)
+@given(st.text(st.characters(exclude_characters="*?[]{}#"), min_size=1, max_size=30))
 def test_any_name_is_refused_or_stays_below_its_folder(name: str) -> None:
-    inputs = [f"http://127.0.0.1:9/in/{name.replace('?', '')}.tar", "http://127.0.0.1:9/in/ok.tar"]
+    inputs = [f"http://127.0.0.1:9/in/{name}.tar", "http://127.0.0.1:9/in/ok.tar"]
     try:
-        shards = list_shards(["@x", *inputs][1:], STORAGE)
+        shards = list_shards(inputs, STORAGE)
     except UserError as error:
         assert "\n" not in str(error)  # noqa: PT017
         return
@@ -170,7 +173,7 @@ def bucket() -> Iterator[tuple[Any, Storage]]:
         yield server, Storage(server.options)
 
 
-@pytest.mark.parametrize("key", ["in/../../x.tar", "in/a\nb.tar", "in/./x.tar", "in/a\x1b[2Jb.tar"])
+@pytest.mark.parametrize("key", ["in/a\nb.tar", "in/./x.tar", "in/a\x1b[2Jb.tar"])
 def test_keys_of_a_bucket_may_be_anything(key: str, bucket: tuple[Any, Storage]) -> None:
     server, storage = bucket
     client = server.client()
