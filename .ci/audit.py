@@ -2,7 +2,8 @@
 
 Where pip-audit's source knows no package, it says "No known vulnerabilities found" and ends with 0.
 Exit status: 0 every package that comes from an index was looked up and none is vulnerable, or
-the source cannot be reached (said so); 1 a vulnerability; 3 with --strict, where not all were looked up.
+the source cannot be reached (said so); 1 a vulnerability; 3 with --strict, where not all were
+looked up.
 """
 
 from __future__ import annotations

@@ -40,8 +40,9 @@ def test_secrets_are_recognised(value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [{}, {"endpoint_url": "http://h"}, {"anon": True}, {"profile": "p"}, "s3://b/x", "u:p@h",
-              {"secret": None}, "http://h/x?v=2"],
+    "value",
+    [{}, {"endpoint_url": "http://h"}, {"anon": True}, {"profile": "p"}, "s3://b/x", "u:p@h",
+     {"secret": None}, "http://h/x?v=2"],
 )  # fmt: skip
 def test_what_is_no_secret(value: object) -> None:
     assert not holds_secret(value)
