@@ -124,8 +124,10 @@ def _common_folder(urls: Sequence[str]) -> str:
 def _name(url: str, folder: str) -> str:
     below = _address(url)[len(folder) :].lstrip("/")
     name = below.removesuffix(".tar")
-    if {".", ".."} & {*below.split("/"), *name.split("/")}:
-        raise UserError(f"{redact(url)}: a shard's path may not hold '.' or '..' below its folder")
+    if {"", ".", ".."} & {*below.split("/"), *name.split("/")}:  # a disk would call it otherwise
+        raise UserError(
+            f"{redact(url)}: a shard's path may not hold '.', '..' or an empty name below its folder"
+        )
     if printable(name) != name:  # it becomes a file's name, and stands in logs
         raise UserError(f"{redact(url)}: a shard's name may not hold control characters; rename it")
     return name
