@@ -126,7 +126,7 @@ def _name(url: str, folder: str) -> str:
     name = below.removesuffix(".tar")
     if {"", ".", ".."} & {*below.split("/"), *name.split("/")}:  # a disk would call it otherwise
         raise UserError(
-            f"{redact(url)}: a shard's path may not hold '.', '..' or an empty name below its folder"
+            f"{redact(url)}: a shard's path may not hold '.', '..' or empty names below its folder"
         )
     if printable(name) != name:  # it becomes a file's name, and stands in logs
         raise UserError(f"{redact(url)}: a shard's name may not hold control characters; rename it")
