@@ -15,7 +15,6 @@ import ray
 from ray.exceptions import AuthenticationError, RayError
 
 from jobs.local_ray import (
-    close_session_folder,
     keep_token_private,
     on_loopback,
     warn_without_authentication,
@@ -90,7 +89,6 @@ def _start_local() -> None:
             include_dashboard=False,
             logging_level=logging.ERROR,
         )
-    close_session_folder()
 
 
 def _join(address: str) -> None:

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import ray
 from ray._private import ray_constants
 
 from model.errors import UserError
@@ -93,8 +92,3 @@ def on_loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
-
-
-def close_session_folder() -> None:
-    """Sockets, logs and spilled objects of the cluster just started are for its user alone."""
-    Path(ray._private.worker._global_node.get_session_dir_path()).chmod(PRIVATE_FOLDER)
