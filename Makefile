@@ -6,7 +6,7 @@ TORCH := torch==2.13.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := model pipeline jobs tests benchmarks
 
-.PHONY: help demo test test-s3 test-gpu test-pillow fmt lint bench bench-gpu full-size clean
+.PHONY: help demo test test-s3 test-gpu test-pillow audit fmt lint bench bench-gpu full-size clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -40,6 +40,9 @@ test-pillow: $(VENV)/.installed-dev  ## the golden tiles under the oldest Pillow
 	$(PYTHON) -m venv $(VENV)-pillow
 	$(VENV)-pillow/bin/python -m pip install --quiet --disable-pip-version-check pillow==11.3.0 numpy pytest
 	$(VENV)-pillow/bin/python -m pytest -c /dev/null --rootdir . -q -p no:cacheprovider --noconftest tests/unit/pipeline/test_tiling_golden.py
+
+audit: $(VENV)/.installed-dev  ## known vulnerabilities of the installed packages, where their data can be reached
+	$(BIN)/python .ci/audit.py
 
 fmt: $(VENV)/.installed-dev  ## format the sources
 	$(BIN)/ruff check --fix --select I --quiet $(SOURCES)

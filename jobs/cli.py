@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import logging
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -28,8 +27,9 @@ from jobs.config import (
     tiling_of,
     validate,
 )
-from jobs.terminal import BrokenRunError, claim_stderr
+from jobs.terminal import BrokenRunError, claim_stderr, log_to_stderr
 from model.errors import UserError
+from pipeline.printable import printable
 
 app = typer.Typer(
     name="tessera",
@@ -253,14 +253,14 @@ def inspect_command(
 
 def main() -> None:
     claim_stderr()
-    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
+    log_to_stderr()
     try:
         app()
     except UserError as error:
-        print(f"tessera: {error}", file=sys.stderr)
+        print(f"tessera: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except BrokenRunError as error:
-        print(f"tessera: {error}", file=sys.stderr)
+        print(f"tessera: {printable(str(error))}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("tessera: stopped; what is committed stays, run it again to go on", file=sys.stderr)

@@ -12,8 +12,14 @@ from pathlib import Path
 from typing import Literal
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import AuthenticationError, RayError
 
+from jobs.local_ray import (
+    keep_token_private,
+    on_loopback,
+    warn_without_authentication,
+)
+from jobs.secrets import hide_command_line
 from jobs.terminal import BrokenRunError, divert_native_stderr
 from model.errors import UserError
 from pipeline.lease import LeaseLostError
@@ -45,39 +51,58 @@ class Pool:
 
 
 def connect(local: bool = False) -> bool:
-    """Connects to the cluster Ray finds (`RAY_ADDRESS`, or one on this machine), or starts one.
+    """Connects to the cluster `RAY_ADDRESS` names (`auto`: one on this machine), or starts one.
+
+    Without `RAY_ADDRESS` no cluster is looked for: what is found on a machine may be another
+    user's, to whom this one's token and credentials would go, or another job's, and end with it.
 
     Gives whether it started one. stderr's descriptor 2 goes to a log file from here on.
 
     Raises:
-        UserError: `RAY_ADDRESS` is set and nothing answers there.
+        UserError: nothing answers at `RAY_ADDRESS`, or it wants another token.
     """
     # Their lines are about Ray's insides; what a user must know comes as an exception.
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     # A job of one shard makes it warn that its stages may run more tasks than that.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"ray\.data\.")
-    address = os.environ.get("RAY_ADDRESS")
-    if not local and address != "local":
-        try:
-            ray.init(address="auto", logging_level=logging.ERROR)
-        except ConnectionError as error:
-            if address:
-                reason = str(error).splitlines()[0]
-                raise UserError(f"RAY_ADDRESS {address}: no cluster answers ({reason})") from error
-    started_here = not ray.is_initialized()
-    if started_here:
-        # Threads of a CPU replica that wait by spinning take the cores from the tiling tasks.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        os.environ.setdefault("RAY_worker_niceness", "0")  # or the replica is as nice as tiling
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    start_here = local or address == "local"
+    warn_without_authentication()
+    keep_token_private(create=start_here)
+    hide_command_line()
+    if start_here:
+        _start_local()
+    else:
+        _join(address)
+    divert_native_stderr(log_folder() / "tessera-driver.err")
+    return start_here
+
+
+def _start_local() -> None:
+    # Threads of a CPU replica that wait by spinning take the cores from the tiling tasks.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # or the replica is as nice as tiling
+    with on_loopback():
         ray.init(
             address="local",
             num_cpus=(os.cpu_count() or 1) + LOCAL_EXTRA_CPUS,
             include_dashboard=False,
             logging_level=logging.ERROR,
         )
-    divert_native_stderr(log_folder() / "tessera-driver.err")
-    return started_here
+
+
+def _join(address: str) -> None:
+    try:
+        ray.init(address="auto", logging_level=logging.ERROR)
+    except AuthenticationError as error:
+        raise UserError(
+            f"RAY_ADDRESS {address}: the cluster refuses this user's token; give its own in "
+            "RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
+        ) from error
+    except ConnectionError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"RAY_ADDRESS {address}: no cluster answers ({reason})") from error
 
 
 def log_folder() -> Path:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import json
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -21,8 +21,11 @@ from pydantic import (
     model_validator,
 )
 
+from jobs.secrets import warn_of_command_line, warn_of_readable_file
+from jobs.yaml_file import read_yaml
 from model.errors import UserError
 from pipeline.records import TILE_FIELDS
+from pipeline.storage import QUOTED_URL, redact
 from pipeline.tiling import Tiling
 
 M = TypeVar("M", bound=BaseModel)
@@ -44,7 +47,7 @@ def _json_object(value: object) -> object:
         return value
     try:
         return json.loads(value)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"expected a JSON object: {error}") from error
 
 
@@ -197,7 +200,11 @@ def load_config(file: Path | None, given: Mapping[str, Any]) -> ExtractConfig:
         UserError: an unknown key or a bad value; it names the key, where it stands, and what was
             expected.
     """
-    from_file = _read_yaml(file) if file is not None else {}
+    warn_of_command_line(given)
+    from_file: dict[str, Any] = {}
+    if file is not None:
+        from_file = read_yaml(file)
+        warn_of_readable_file(file, from_file)
     return validate(ExtractConfig, given, from_file, file)
 
 
@@ -248,31 +255,17 @@ def explain(error: ValidationError, file: Path | None, given: Mapping[str, Any])
             if key in ("input", "output"):
                 message = f"missing; give {key.upper()} or set it in a --config file"
         elif key and key != "storage_options":
-            message = f"{message.removesuffix('.')}, got {detail['input']!r}"
+            message = f"{message.removesuffix('.')}, got {_shown(detail['input'])}"
         lines.append(f"{place}: {key}: {message}" if key else f"{place}: {message}")
     return "; ".join(dict.fromkeys(lines))
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        loaded = yaml.safe_load(file.read_text())
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not YAML: {_yaml_fault(error)}") from error
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
-        raise UserError(f"{file}: expected keys and values, got {type(loaded).__name__}")
-    return {str(key): value for key, value in loaded.items()}
-
-
-def _yaml_fault(error: Exception) -> str:
-    """What is wrong and where, without the line itself: it may hold a secret."""
-    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
-        return " ".join(str(error).split())
-    mark = error.problem_mark
-    return f"{error.problem}, line {mark.line + 1}, column {mark.column + 1}"
+def _shown(value: object) -> str:
+    """A value as an error may repeat it: short, and without the secret parts of a URL."""
+    if isinstance(value, str):
+        value = redact(value)
+    text = reprlib.repr(value)
+    return QUOTED_URL.sub(lambda quoted: redact(quoted[0]), text)
 
 
 def parse_options(text: str) -> dict[str, Any]:
@@ -283,8 +276,9 @@ def parse_options(text: str) -> dict[str, Any]:
     """
     try:
         parsed = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"storage_options: expected a JSON object: {error}") from error
     if not isinstance(parsed, dict):
         raise UserError("storage_options: expected a JSON object")
+    warn_of_command_line({"storage_options": parsed})
     return parsed

@@ -9,6 +9,7 @@ from pydantic import ByteSize
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.printable import printable
 from pipeline.storage import redact
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ STALE_SECONDS = 60.0  # a live run writes its progress record every ten seconds
 def _table(rows: list[tuple[str, str]]) -> Table:
     table = Table.grid(padding=(0, 2))
     for name, value in rows:
-        table.add_row(name, value)
+        table.add_row(name, printable(value))
     return table
 
 
@@ -43,7 +44,9 @@ def show_summary(summary: Summary, output: str) -> None:
     ]
     console.print(_table(rows), highlight=False, markup=False)
     for failure in summary.failures:
-        console.print(f"failed: {failure.shard}: {failure.reason}", markup=False, soft_wrap=True)
+        console.print(
+            printable(f"failed: {failure.shard}: {failure.reason}"), markup=False, soft_wrap=True
+        )
     if summary.interrupted is not None:
         console.print("stopped; what is committed stays, run it again to go on")
     elif summary.failures:
@@ -105,5 +108,7 @@ def show_verification(report: Verification, output: str) -> None:
         rows.append(("recomputed", report.recomputed))
     console.print(_table(rows), highlight=False, markup=False)
     for problem in report.problems:
-        console.print(f"problem: {problem}", markup=False, highlight=False, soft_wrap=True)
+        console.print(
+            printable(f"problem: {problem}"), markup=False, highlight=False, soft_wrap=True
+        )
     console.print("not whole" if report.problems else "whole", highlight=False)

@@ -7,13 +7,29 @@ adds a line of its own for every process.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
 
+from pipeline.printable import printable
+
 
 class BrokenRunError(Exception):
     """The cluster failed while a job ran. One line; what is committed stays."""
+
+
+class OneLine(logging.Formatter):
+    """What a message repeats from data or storages cannot forge a line or command a terminal."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record))
+
+
+def log_to_stderr() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(OneLine("%(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
 
 
 _claimed = False

@@ -11,11 +11,13 @@ import logging
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NoReturn, TypeVar
+from datetime import datetime
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from model.errors import UserError
+from pipeline.printable import printable
 from pipeline.records import SCHEMA_VERSION
 from pipeline.storage import TEMPORARY, Storage, explained, join, redact
 
@@ -40,9 +42,14 @@ class Record(BaseModel):
         try:
             return cls.model_validate_json(data)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the document"
-            raise UserError(f"{redact(url)}: {where}: {first['msg']}") from error
+            raise _refused(error, url) from error
+
+
+def _refused(error: ValidationError, url: str, *place: str) -> UserError:
+    """The first thing that is wrong, without the value: a stranger may have written it."""
+    first = error.errors(include_input=False)[0]
+    where = ".".join([*place, *map(str, first["loc"])])[:100] or "the document"
+    return UserError(printable(f"{redact(url)}: {where}: {first['msg']}"))
 
 
 class PartFile(Record):
@@ -98,6 +105,21 @@ class Commit(Record):
     committed_at: str
 
 
+def _time(text: str) -> str:
+    if datetime.fromisoformat(text).tzinfo is None:
+        raise ValueError("expected a time with its zone")
+    return text
+
+
+class NeededSettings(BaseModel):
+    """What readers of OUTPUT take from its settings: there, and of the right type."""
+
+    tiling: str
+    embedding_dtype: Literal["float16", "float32"]
+    image_key: list[str]
+    carry: list[str]
+
+
 class Dataset(Record):
     """What made OUTPUT. `settings` are the options that decide its values and columns."""
 
@@ -147,11 +169,14 @@ class Failure(Record):
     reason: str
 
 
+Time = Annotated[str, AfterValidator(_time)]
+
+
 class Progress(Record):
     """How far a run is; kept below `_runs` and gone when a run has ended well."""
 
-    started_at: str
-    updated_at: str
+    started_at: Time
+    updated_at: Time
     ended: bool
     shards: int
     committed: int
@@ -207,7 +232,12 @@ def read_dataset(output: str, storage: Storage) -> Dataset:
     with explained("read", url):
         if not storage.exists(url):
             raise UserError(f"{redact(output)}: no {DATASET} there; is it an OUTPUT of `extract`?")
-        return Dataset.parse(storage.read(url), url)
+        dataset = Dataset.parse(storage.read(url), url)
+    try:
+        NeededSettings.model_validate(dataset.settings)
+    except ValidationError as error:
+        raise _refused(error, url, "settings") from error
+    return dataset
 
 
 def _refuse_other(output: str, found: Dataset, wanted: Dataset) -> NoReturn:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import braceexpand
 
 from model.errors import UserError
+from pipeline.printable import printable
 from pipeline.records import Shard
 from pipeline.storage import Storage, StorageError, explained, redact, shared
 
@@ -122,9 +123,14 @@ def _common_folder(urls: Sequence[str]) -> str:
 
 def _name(url: str, folder: str) -> str:
     below = _address(url)[len(folder) :].lstrip("/")
-    if ".." in PurePosixPath(below).parts:
-        raise UserError(f"{redact(url)}: a shard's path may not hold '..' below its folder")
-    return below.removesuffix(".tar")
+    name = below.removesuffix(".tar")
+    if {"", ".", ".."} & {*below.split("/"), *name.split("/")}:  # a disk would call it otherwise
+        raise UserError(
+            f"{redact(url)}: a shard's path may not hold '.', '..' or empty names below its folder"
+        )
+    if printable(name) != name:  # it becomes a file's name, and stands in logs
+        raise UserError(f"{redact(url)}: a shard's name may not hold control characters; rename it")
+    return name
 
 
 def _refuse_collisions(shards: Sequence[Shard]) -> None:

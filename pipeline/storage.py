@@ -15,8 +15,9 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
@@ -28,6 +29,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from model.errors import UserError
 from pipeline.local_files import BLOCK_BYTES, create_local, publish_local
+from pipeline.printable import printable
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -77,6 +79,7 @@ class FileInfo:
 
 def redact(url: str) -> str:
     """The URL without user, password and query, fit for logs and records."""
+    url = printable(url)
     if "://" not in url:
         return url
     parts = urlsplit(url)
@@ -124,17 +127,21 @@ def join(folder: str, *names: str) -> str:
     return "/".join([folder.rstrip("/"), *names])
 
 
-@dataclass(frozen=True)
 class Storage:
     """Access to any storage fsspec opens. Small and picklable: tasks carry it along.
+
+    No dataclass: Ray Data looks into those among a stage's settings, and records their fields.
 
     Args:
         options: passed to fsspec (`storage_options`).
         deadline_seconds: longest time one request may take.
     """
 
-    options: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    deadline_seconds: float = 60.0
+    def __init__(
+        self, options: Mapping[str, Any] = MappingProxyType({}), deadline_seconds: float = 60.0
+    ) -> None:
+        self.options = dict(options)
+        self.deadline_seconds = deadline_seconds
 
     def open(self, url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         protocol = fsspec.core.split_protocol(url)[0]
@@ -361,7 +368,7 @@ def _is_precondition(error: OSError) -> bool:
 
 def _words(error: BaseException) -> str:
     """What an error says, on one line; the URLs that http's errors quote lose their signatures."""
-    name, text = type(error).__name__, " ".join(str(error).split())
+    name, text = type(error).__name__, printable(" ".join(str(error).split()))
     if text in ("", "None"):  # s3fs' errors for answers without a body
         return name
     text = QUOTED_URL.sub(lambda quoted: redact(quoted[0]), text)

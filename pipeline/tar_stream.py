@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from pipeline.local_files import BLOCK_BYTES
+from pipeline.printable import printable
 from pipeline.storage import FileInfo, Storage, redact
 
 TAR_BLOCK = 512
@@ -33,7 +34,7 @@ class BrokenShardError(Exception):
     def __init__(
         self, url: str, offset: int, reason: str, cut: bool = False, member: str | None = None
     ) -> None:
-        super().__init__(f"{redact(url)}: {reason} at byte {offset}")
+        super().__init__(f"{redact(url)}: {printable(reason)} at byte {offset}")
         self.offset = offset
         self.cut = cut
         self.member = member

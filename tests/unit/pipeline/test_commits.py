@@ -26,7 +26,10 @@ from pipeline.commits import (
 from tests.builders import files_below
 from tests.stages import STORAGE
 
-SETTINGS = {"tiling": "dynamic", "max_tiles": 12, "layer": 2, "carry": ("txt",)}
+SETTINGS = {
+    "tiling": "dynamic", "max_tiles": 12, "layer": 2, "carry": ("txt",), "image_key": ("jpg",),
+    "embedding_dtype": "float16",
+}  # fmt: skip
 
 
 def dataset(weights: str = "w" * 64, model: str = "m", **settings: Any) -> Dataset:
