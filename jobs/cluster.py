@@ -15,6 +15,7 @@ import ray
 from ray.exceptions import AuthenticationError, RayError
 
 from jobs.local_ray import (
+    keep_session_private,
     keep_token_private,
     on_loopback,
     warn_without_authentication,
@@ -80,6 +81,7 @@ def connect(local: bool = False) -> bool:
 
 
 def _start_local() -> None:
+    keep_session_private()
     # Threads of a CPU replica that wait by spinning take the cores from the tiling tasks.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("RAY_worker_niceness", "0")  # or the replica is as nice as tiling

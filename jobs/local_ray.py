@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ray._private import ray_constants
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 PRIVATE_FILE, PRIVATE_FOLDER = 0o600, 0o700
 OTHERS = 0o077
+SESSIONS = "/tmp/tessera-{uid}"  # noqa: S108 short, as the paths of the sockets below it must be
 TOKEN_BYTES = 32  # as Ray's own, 64 hexadecimal digits
 
 
@@ -76,6 +78,27 @@ def _make_token(token: Path) -> None:
             return
     finally:
         beside.unlink(missing_ok=True)
+
+
+def keep_session_private() -> None:
+    """Puts the session's folder, which Ray opens to all users, into one that is this user's alone:
+    it holds logs, sockets, and spilled objects. A `RAY_TMPDIR` that is set stays.
+
+    Raises:
+        UserError: the folder is somebody else's, or open to others.
+    """
+    if "RAY_TMPDIR" in os.environ:
+        return
+    folder = Path(SESSIONS.format(uid=os.getuid()))
+    with suppress(FileExistsError):
+        folder.mkdir(PRIVATE_FOLDER)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & OTHERS:
+        raise UserError(
+            f"{folder}: Ray's session would lie there, and it is not a folder of this user's "
+            "alone; remove it, or set RAY_TMPDIR to one that is"
+        )
+    os.environ["RAY_TMPDIR"] = str(folder)
 
 
 @contextmanager

@@ -150,7 +150,7 @@ def test_a_stopped_job_commits_what_is_complete_and_resumes(
         assert process.returncode == 128 + signum, stderr.decode()
         assert b"Traceback" not in stderr
         assert not psutil.wait_procs(tree, timeout=60)[1]
-        clusters = list(Path("/tmp/ray").glob(f"session_*_{process.pid}"))
+        clusters = list(Path(f"/tmp/tessera-{os.getuid()}/ray").glob(f"session_*_{process.pid}"))
         assert len(clusters) == 1, "Ray was started again while the job ended"
     committed = files_below(output / "commits")
     assert 0 < len(committed) < NUM_SHARDS

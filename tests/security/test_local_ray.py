@@ -1,8 +1,9 @@
-"""Ray's token: made private, closed where it was open, and never where the user has another."""
+"""Ray's token and its session's folder: private, and left alone where the user has another."""
 
 from __future__ import annotations
 
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -10,8 +11,13 @@ import pytest
 from ray._private import ray_constants
 from ray.exceptions import AuthenticationError
 
-from jobs import cluster
-from jobs.local_ray import keep_token_private, on_loopback, warn_without_authentication
+from jobs import cluster, local_ray
+from jobs.local_ray import (
+    keep_session_private,
+    keep_token_private,
+    on_loopback,
+    warn_without_authentication,
+)
 from model.errors import UserError
 
 
@@ -95,3 +101,38 @@ def test_another_token_is_one_line(home: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("ray.init", refuse)
     with pytest.raises(UserError, match=r"10.0.0.1:6379: the cluster refuses .* RAY_AUTH_TOKEN"):
         cluster.connect()
+
+
+def test_the_session_lies_in_a_folder_of_this_user_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_ray, "SESSIONS", str(tmp_path / "of-{uid}"))
+    folder = tmp_path / f"of-{os.getuid()}"
+    for _ in range(2):
+        monkeypatch.delenv("RAY_TMPDIR", raising=False)
+        keep_session_private()
+        assert os.environ["RAY_TMPDIR"] == str(folder)
+        assert folder.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setenv("RAY_TMPDIR", "/mine")
+    keep_session_private()
+    assert os.environ["RAY_TMPDIR"] == "/mine"
+
+
+@pytest.mark.parametrize("trap", ["open", "link", "file"])
+def test_a_folder_that_somebody_laid_there_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trap: str
+) -> None:
+    monkeypatch.setattr(local_ray, "SESSIONS", str(tmp_path / "trap"))
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    private = tmp_path / "private"
+    private.mkdir(0o700)
+    if trap == "open":
+        (tmp_path / "trap").mkdir()
+        (tmp_path / "trap").chmod(0o777)
+    elif trap == "link":
+        (tmp_path / "trap").symlink_to(private)
+    else:
+        (tmp_path / "trap").write_text("")
+    with pytest.raises(UserError, match="not a folder of this user's alone"):
+        keep_session_private()
+    assert "RAY_TMPDIR" not in os.environ
