@@ -28,15 +28,14 @@ from pipeline.commits import (
     RUNS,
     Dataset,
     Failure,
-    committed_shards,
     open_output,
-    stray_files,
 )
 from pipeline.dataflow import FlowSettings, Tally, run_shards
 from pipeline.embedding import PartSettings
 from pipeline.replica import ReplicaSettings
 from pipeline.samples import ReadSettings
 from pipeline.shards import list_shards, probe_shards
+from pipeline.stock import take_stock
 from pipeline.storage import Storage, explained, join, shared
 from pipeline.writers import FinalizeSettings
 
@@ -97,13 +96,11 @@ def extract(config: ExtractConfig, local_cluster: bool = False) -> Summary:
     probe_shards(shards, storage)
     open_output(config.output, dataset, storage)
     with explained("list", config.output):
-        committed = committed_shards(config.output, storage)
-        pending = [shard for shard in shards if shard.name not in committed]
-        strays = stray_files(config.output, committed, storage)
-        storage.remove(*(join(config.output, name) for name in strays))
+        stock = take_stock(config.output, [shard.name for shard in shards], storage)
+        storage.remove(*(join(config.output, name) for name in stock.strays))
+    pending = [shard for shard in shards if shard.name not in stock.committed]
     before = len(shards) - len(pending)
     if not pending:
-        remove_runs(config.output, storage)
         return Summary(len(shards), before, 0, 0, 0, {}, (), 0.0)
     run = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
     with (
@@ -218,16 +215,12 @@ def finish_run(
     storage: Storage,
     interrupted: int | None,
 ) -> None:
-    """Leaves nothing behind after a run that ended well, else the record of what is missing."""
+    """Leaves nothing of a run that ended well, else the record of what is missing."""
     if tally.failures or interrupted is not None:
         storage.remove(join(output, RUNS, run, "parts"))
         reporter.record(tally, ended=True)
     else:
-        remove_runs(output, storage)
-
-
-def remove_runs(output: str, storage: Storage) -> None:
-    storage.remove(join(output, RUNS))
+        storage.remove(join(output, RUNS, run))
 
 
 class Stop:

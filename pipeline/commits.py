@@ -8,8 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn, TypeVar
 
@@ -23,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 DATASET = "dataset.json"
 RUNS = "_runs"
+COMMITS = "commits"
+SIDE_BY_SIDE = 16  # requests for single objects
+READ_AHEAD = 1000  # commits in memory at once
 R = TypeVar("R", bound="Record")
 
 
@@ -147,7 +149,11 @@ class Failure(Record):
 
 
 class Progress(Record):
-    """How far a run is; kept below `_runs` and gone when a run has ended well."""
+    """How far a run is; kept below `_runs` and gone when a run has ended well.
+
+    `failures` are the first of them, `more_failures` the number of the others: the record is
+    written every ten seconds.
+    """
 
     started_at: str
     updated_at: str
@@ -155,13 +161,14 @@ class Progress(Record):
     shards: int
     committed: int
     failures: tuple[Failure, ...]
+    more_failures: int = 0
     tiles: int
     rejects: int
     tiles_per_second: float
 
 
 def commit_url(output: str, shard: str) -> str:
-    return join(output, "commits", f"{shard}.json")
+    return join(output, COMMITS, f"{shard}.json")
 
 
 def open_output(output: str, wanted: Dataset, storage: Storage) -> None:
@@ -176,13 +183,13 @@ def open_output(output: str, wanted: Dataset, storage: Storage) -> None:
             found = Dataset.parse(storage.read(url), url)
             if found.fingerprint == wanted.fingerprint:
                 return
-            if committed_shards(output, storage):
+            if any(map(_shard_of, storage.iter_files(join(output, COMMITS)))):
                 _refuse_other(output, found, wanted)
             logger.warning("%s: nothing is committed there; its settings change", redact(output))
             storage.publish_bytes(url, wanted.dump())
             return
-        file = next(iter(storage.list_files(output)), None)
-        if file is not None and not TEMPORARY.search(file):
+        file = next((f for f in storage.iter_files(output) if not TEMPORARY.search(f)), None)
+        if file is not None:
             raise UserError(
                 f"{redact(output)}: holds files (such as {file}) but no {DATASET}; "
                 "give a new or empty OUTPUT"
@@ -216,30 +223,21 @@ def _refuse_other(output: str, found: Dataset, wanted: Dataset) -> NoReturn:
 
 def committed_shards(output: str, storage: Storage) -> set[str]:
     """Names of the shards that are committed, by one listing."""
-    names = storage.list_files(join(output, "commits"))
-    return {name.removesuffix(".json") for name in names if name.endswith(".json")}
+    return set(filter(None, map(_shard_of, storage.iter_files(join(output, COMMITS)))))
 
 
-def read_commits(output: str, shards: Iterable[str], storage: Storage) -> list[Commit]:
-    """The commits of these shards, in order, read side by side."""
+def _shard_of(commit: str) -> str | None:
+    """The shard of a file below `commits`; None where it is no commit."""
+    return commit.removesuffix(".json") if commit.endswith(".json") else None
+
+
+def read_commits(output: str, shards: Sequence[str], storage: Storage) -> Iterator[Commit]:
+    """The commits of these shards, in order, read side by side as they are asked for."""
 
     def read(shard: str) -> Commit:
         url = commit_url(output, shard)
         return Commit.parse(storage.read(url), url)
 
-    with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(read, shards))
-
-
-def stray_files(output: str, committed: set[str], storage: Storage) -> list[str]:
-    """Files that a dead run left: temporary names, old runs, parts of shards without a commit."""
-    strays = []
-    for name in storage.list_files(output):
-        folder, _, rest = name.partition("/")
-        if folder == RUNS or TEMPORARY.search(name):
-            strays.append(name)
-        elif folder in ("embeddings", "rejects"):
-            shard = re.sub(r"\.[a-z]+$", "", rest)
-            if shard not in committed and re.sub(r"-\d{5}$", "", shard) not in committed:
-                strays.append(name)
-    return sorted(strays)
+    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+        for start in range(0, len(shards), READ_AHEAD):
+            yield from pool.map(read, shards[start : start + READ_AHEAD])

@@ -1,4 +1,4 @@
-"""The flow through Ray Data: feed → read → tile → embed → write, then a finalize task for each shard.
+"""The flow through Ray Data: feed → read → tile → embed → write, then a finalize task a shard.
 
 One row = one chunk = one block: with `target_max_block_size = 1` Ray neither merges nor slices
 blocks, so chunks of different shards never mix. The driver sees small rows only and keeps the
