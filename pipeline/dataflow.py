@@ -122,6 +122,8 @@ class Flow:
         self._stop = stop
         self._ledger = Ledger(shard.name for shard in shards)
         self._finalizing: dict[Any, str] = {}
+        # Made once: Ray publishes each to the whole cluster, for good.
+        self._finalize = ray.remote(num_cpus=0)(finalize_stage)
         self._rows: queue.Queue[Part | Exception | None] = queue.Queue(maxsize=1000)
         Interruption.stop = stop
         self._dataset = build_dataset(shards, settings)
@@ -181,8 +183,7 @@ class Flow:
             return
         while len(self._finalizing) >= self._settings.num_io_tasks:
             self._collect(timeout=TICK_SECONDS)
-        task = ray.remote(num_cpus=0)(finalize_stage)
-        self._finalizing[task.remote(shard, self._settings.finalize)] = shard.name
+        self._finalizing[self._finalize.remote(shard, self._settings.finalize)] = shard.name
 
     def _collect(self, timeout: float) -> None:
         if not self._finalizing:
