@@ -23,6 +23,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -37,8 +38,9 @@ from model.checkpoint import open_checkpoint
 from pipeline.commits import Commit, Source, StageSeconds, open_output
 from pipeline.storage import Storage
 
+SAMPLE_SECONDS = 0.05
 BUCKET = "bookkeeping"
-COLUMNS = ("place", "input", "shards", "seconds", "peak RSS, MiB", "requests")
+COLUMNS = ("place", "input", "shards", "seconds", "CPU seconds", "peak RSS, MiB", "requests")
 ACCESS = re.compile(r'beast: .*"(GET|HEAD|PUT|DELETE|POST) (\S+)')
 
 
@@ -156,28 +158,41 @@ def measure(
 
 def timed(
     arguments: list[str], options: dict[str, str], log: Path | None
-) -> tuple[float, int, str]:
-    """Seconds, peak RSS in MiB and S3 requests of one command."""
+) -> tuple[float, float, int, str]:
+    """Seconds, CPU seconds, peak RSS in MiB and S3 requests of one command."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-m", "jobs.cli", *arguments]
     command += ["--storage-options", json.dumps(options)] if options else []
     before = log.stat().st_size if log is not None and log.exists() else 0
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
     began = time.perf_counter()
     process = subprocess.Popen(
         command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True
     )
-    assert process.stdout is not None
-    answer = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    peak = 0
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(process.communicate)
+        while not answer.done():
+            peak = max(peak, peak_kib(process.pid))
+            wait([answer], timeout=SAMPLE_SECONDS)
     seconds = time.perf_counter() - began
     if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, command, answer)
-    assert isinstance(usage, resource.struct_rusage)
-    found = json.loads(answer)
+        raise subprocess.CalledProcessError(process.returncode, command, answer.result()[0])
+    found = json.loads(answer.result()[0])
     assert found.get("committed_before", found["committed"]) > 0
     assert not found.get("failures")
-    return round(seconds, 1), round(usage.ru_maxrss / 1024), requests(log, before)
+    now = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = now.ru_utime + now.ru_stime - spent.ru_utime - spent.ru_stime
+    return round(seconds, 1), round(cpu, 1), round(peak / 1024), requests(log, before)
+
+
+def peak_kib(pid: int) -> int:
+    """Of the program itself; what `wait4` tells begins with the peak of who started it."""
+    try:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    except OSError:
+        return 0
+    return int(found[1]) if found else 0  # a process that has ended has no memory
 
 
 def requests(log: Path | None, before: int) -> str:
