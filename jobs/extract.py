@@ -25,14 +25,11 @@ from model.config import count_blocks
 from model.split import check_ranks
 from pipeline.chunks import TileSettings
 from pipeline.commits import (
-    LEASE,
     RUNS,
     Dataset,
     Failure,
     check_output,
-    committed_shards,
     open_output,
-    stray_files,
 )
 from pipeline.dataflow import FlowSettings, Tally, run_shards
 from pipeline.embedding import PartSettings
@@ -41,6 +38,7 @@ from pipeline.records import Shard
 from pipeline.replica import ReplicaSettings
 from pipeline.samples import ReadSettings
 from pipeline.shards import list_shards, probe_shards
+from pipeline.stock import run_folders, take_stock
 from pipeline.storage import Storage, explained, join, shared
 from pipeline.writers import FinalizeSettings
 
@@ -104,10 +102,9 @@ def extract(config: ExtractConfig, local_cluster: bool = False) -> Summary:
     with held(config.output, run, storage) as lease:
         open_output(config.output, dataset, storage)
         with explained("list", config.output):
-            committed = committed_shards(config.output, storage)
-            pending = [shard for shard in shards if shard.name not in committed]
-            strays = stray_files(config.output, committed, storage)
-            storage.remove(*(join(config.output, name) for name in strays))
+            stock = take_stock(config.output, [shard.name for shard in shards], storage)
+            storage.remove(*(join(config.output, name) for name in stock.strays))
+        pending = [shard for shard in shards if shard.name not in stock.committed]
         if not pending:
             return Summary(len(shards), len(shards), 0, 0, 0, {}, (), 0.0)
         job = Job(config, checkpoint, dataset, storage, run, lease)
@@ -250,14 +247,13 @@ def finish_run(
     storage: Storage,
     interrupted: int | None,
 ) -> None:
-    """Leaves nothing behind after a run that ended well, else the record of what is missing."""
+    """Leaves nothing of a run that ended well, else the record of what is missing."""
     if tally.failures or interrupted is not None:
         storage.remove(join(output, RUNS, run, "parts"))
         reporter.record(tally, ended=True)
     else:
-        runs = join(output, RUNS)
-        left = [name for name in storage.list_folder(runs) if not LEASE.match(f"{RUNS}/{name}")]
-        storage.remove(*(join(runs, name) for name in left))
+        runs = run_folders(output, storage)  # this one's, and what tasks of a dead one wrote late
+        storage.remove(*(join(output, folder) for folder in runs))
 
 
 class Stop:

@@ -19,6 +19,7 @@ from pipeline.storage import Storage, join
 
 LINE_SECONDS = 10.0
 RECORD_SECONDS = 10.0
+RECORDED_FAILURES = 1000  # about 200 KiB of them
 WINDOW_SECONDS = 30.0  # tiles/s is the rate over the last half minute
 
 
@@ -98,7 +99,8 @@ class Reporter:
             ended=ended,
             shards=tally.shards,
             committed=tally.committed,
-            failures=tuple(tally.failures),
+            failures=tuple(tally.failures[:RECORDED_FAILURES]),
+            more_failures=max(0, len(tally.failures) - RECORDED_FAILURES),
             tiles=tally.tiles,
             rejects=tally.rejects.total(),
             tiles_per_second=round(self._rate(), 2),

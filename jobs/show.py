@@ -76,9 +76,11 @@ def show_status(status: Status, output: str) -> None:
         rows.append(("last run", "ended well"))
     else:
         rows.append(("last run", _state(status)))
-        done = progress.committed + len(progress.failures)
+        done = progress.committed + len(progress.failures) + progress.more_failures
         rows.append(("", f"{done} of {progress.shards} shards, {progress.tiles:,} tiles"))
         rows += [("failed", f"{f.shard}: {f.reason}") for f in progress.failures]
+        if progress.more_failures:
+            rows.append(("failed", f"{progress.more_failures} more"))
     Console().print(_table(rows), highlight=False, markup=False)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.commits import (
     RUNS,
+    Commit,
     Dataset,
     Progress,
     committed_shards,
@@ -15,6 +19,9 @@ from pipeline.commits import (
     read_dataset,
 )
 from pipeline.storage import Storage, explained, join
+
+STAGES = ("read", "tile", "embed", "write")
+LINE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -46,28 +53,43 @@ def read_status(output: str, storage_options: Mapping[str, Any]) -> Status:
     """
     storage = Storage(storage_options)
     dataset = read_dataset(output, storage)
+    totals: Counter[str] = Counter()
+    seconds = dict.fromkeys(STAGES, 0.0)
     with explained("read", output):
-        commits = read_commits(output, sorted(committed_shards(output, storage)), storage)
+        shards = sorted(committed_shards(output, storage))
+        for commit in _told(read_commits(output, shards, storage), len(shards)):
+            totals["samples"] += commit.samples
+            totals["tiles"] += commit.tiles
+            totals["rejects"] += commit.rejects
+            totals["bytes"] += sum(part.bytes for part in commit.parts)
+            for stage in STAGES:
+                seconds[stage] += getattr(commit.seconds, stage)
         progress = _newest_progress(output, storage)
-    seconds = {
-        stage: round(sum(getattr(commit.seconds, stage) for commit in commits), 3)
-        for stage in ("read", "tile", "embed", "write")
-    }
     return Status(
         dataset=dataset,
-        committed=len(commits),
-        samples=sum(commit.samples for commit in commits),
-        tiles=sum(commit.tiles for commit in commits),
-        rejects=sum(commit.rejects for commit in commits),
-        output_bytes=sum(part.bytes for commit in commits for part in commit.parts),
-        seconds=seconds,
+        committed=len(shards),
+        samples=totals["samples"],
+        tiles=totals["tiles"],
+        rejects=totals["rejects"],
+        output_bytes=totals["bytes"],
+        seconds={stage: round(spent, 3) for stage, spent in seconds.items()},
         progress=progress,
     )
 
 
+def _told(commits: Iterator[Commit], total: int) -> Iterator[Commit]:
+    """Says on stderr how many are read, where it takes long."""
+    due = time.monotonic() + LINE_SECONDS
+    for number, commit in enumerate(commits, 1):
+        yield commit
+        if time.monotonic() >= due:
+            due += LINE_SECONDS
+            print(f"{number} of {total} commits read", file=sys.stderr, flush=True)
+
+
 def _newest_progress(output: str, storage: Storage) -> Progress | None:
     runs = join(output, RUNS)
-    names = sorted(n for n in storage.list_files(runs) if n.endswith("/progress.json"))
+    names = sorted(n for n in storage.iter_files(runs, depth=2) if n.endswith("/progress.json"))
     if not names:
         return None
     url = join(runs, names[-1])

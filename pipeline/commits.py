@@ -8,8 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
@@ -25,7 +24,9 @@ logger = logging.getLogger(__name__)
 
 DATASET = "dataset.json"
 RUNS = "_runs"
-LEASE = re.compile(rf"{RUNS}/lease-(\d{{9}})\.json$")
+COMMITS = "commits"
+SIDE_BY_SIDE = 16  # requests for single objects
+READ_AHEAD = 1000  # commits in memory at once
 R = TypeVar("R", bound="Record")
 
 
@@ -173,7 +174,11 @@ Time = Annotated[str, AfterValidator(_time)]
 
 
 class Progress(Record):
-    """How far a run is; kept below `_runs` and gone when a run has ended well."""
+    """How far a run is; kept below `_runs` and gone when a run has ended well.
+
+    `failures` are the first of them, `more_failures` the number of the others: the record is
+    written every ten seconds.
+    """
 
     started_at: Time
     updated_at: Time
@@ -181,13 +186,14 @@ class Progress(Record):
     shards: int
     committed: int
     failures: tuple[Failure, ...]
+    more_failures: int = 0
     tiles: int
     rejects: int
     tiles_per_second: float
 
 
 def commit_url(output: str, shard: str) -> str:
-    return join(output, "commits", f"{shard}.json")
+    return join(output, COMMITS, f"{shard}.json")
 
 
 def check_output(output: str, wanted: Dataset, storage: Storage) -> bool:
@@ -202,11 +208,11 @@ def check_output(output: str, wanted: Dataset, storage: Storage) -> bool:
             found = Dataset.parse(storage.read(url), url)
             if found.fingerprint == wanted.fingerprint:
                 return True
-            if committed_shards(output, storage):
+            if any(map(_shard_of, storage.iter_files(join(output, COMMITS)))):
                 _refuse_other(output, found, wanted)
             logger.warning("%s: nothing is committed there; its settings change", redact(output))
             return False
-        files = storage.list_files(output)
+        files = storage.iter_files(output)
         foreign = (f for f in files if not TEMPORARY.search(f) and not f.startswith(f"{RUNS}/"))
         if file := next(foreign, None):
             raise UserError(
@@ -258,32 +264,21 @@ def _refuse_other(output: str, found: Dataset, wanted: Dataset) -> NoReturn:
 
 def committed_shards(output: str, storage: Storage) -> set[str]:
     """Names of the shards that are committed, by one listing."""
-    names = storage.list_files(join(output, "commits"))
-    return {name.removesuffix(".json") for name in names if name.endswith(".json")}
+    return set(filter(None, map(_shard_of, storage.iter_files(join(output, COMMITS)))))
 
 
-def read_commits(output: str, shards: Iterable[str], storage: Storage) -> list[Commit]:
-    """The commits of these shards, in order, read side by side."""
+def _shard_of(commit: str) -> str | None:
+    """The shard of a file below `commits`; None where it is no commit."""
+    return commit.removesuffix(".json") if commit.endswith(".json") else None
+
+
+def read_commits(output: str, shards: Sequence[str], storage: Storage) -> Iterator[Commit]:
+    """The commits of these shards, in order, read side by side as they are asked for."""
 
     def read(shard: str) -> Commit:
         url = commit_url(output, shard)
         return Commit.parse(storage.read(url), url)
 
-    with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(read, shards))
-
-
-def stray_files(output: str, committed: set[str], storage: Storage) -> list[str]:
-    """Files that a dead run left: temporary names, old runs, parts of shards without a commit."""
-    strays = []
-    for name in storage.list_files(output):
-        folder, _, rest = name.partition("/")
-        if LEASE.match(name):
-            continue  # this run's, or a dead one's that it succeeded; `Lease.release` removes them
-        if folder == RUNS or TEMPORARY.search(name):
-            strays.append(name)
-        elif folder in ("embeddings", "rejects"):
-            shard = re.sub(r"\.[a-z]+$", "", rest)
-            if shard not in committed and re.sub(r"-\d{5}$", "", shard) not in committed:
-                strays.append(name)
-    return sorted(strays)
+    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+        for start in range(0, len(shards), READ_AHEAD):
+            yield from pool.map(read, shards[start : start + READ_AHEAD])

@@ -1,8 +1,8 @@
-"""The flow through Ray Data: read → tile → embed → write, then one finalize task for each shard.
+"""The flow through Ray Data: feed → read → tile → embed → write, then a finalize task a shard.
 
 One row = one chunk = one block: with `target_max_block_size = 1` Ray neither merges nor slices
 blocks, so chunks of different shards never mix. The driver sees small rows only and keeps the
-ledger.
+ledger. One execution takes all shards of a run, however many: replicas load their model once.
 """
 
 from __future__ import annotations
@@ -16,9 +16,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow as pa
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext, Dataset, ExecutionResources, TaskPoolStrategy
+from ray.data._internal.execution.backpressure_policy import (
+    ENABLED_BACKPRESSURE_POLICIES,
+    ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
+)
 from ray.exceptions import RayError
 
 from model.errors import UserError
@@ -26,15 +31,17 @@ from pipeline.chunks import TileSettings
 from pipeline.commits import Commit, Failure
 from pipeline.interruption import FlowStopped, Interruption
 from pipeline.ledger import CompleteShard, Ledger
+from pipeline.long_runs import DropBlockStats, FeedLimit
 from pipeline.records import Part, Shard
 from pipeline.replica import Deaths, Replica, ReplicaSettings
 from pipeline.samples import ReadSettings
-from pipeline.stages import finalize_stage, read_stage, tile_stage, write_stage
+from pipeline.stages import feed_stage, finalize_stage, read_stage, tile_stage, write_stage
 from pipeline.writers import FinalizeSettings
 
 logger = logging.getLogger(__name__)
 
-WAVE_SHARDS = 2000  # building a Dataset of 1 k shards takes 1.2 s, of 10 k shards 15 s
+# Shards in one input block. A block a shard would cost 1.2 s for 1 k shards, 131 s for 100 k.
+FEED_SHARDS = 500
 IO_CPUS = 0.25  # reading and writing wait more than they compute
 TILE_CPUS = 1.0
 CPU_REPLICA_CPUS = 0.5  # unlike TILE_CPUS, or Ray would fuse tiling into the actor
@@ -86,7 +93,7 @@ def run_shards(
     stop: threading.Event,
     assure: Callable[[], None] = lambda: None,
 ) -> Tally:
-    """Computes and commits shards, wave by wave, until all are done or `stop` is set.
+    """Computes and commits shards until all are done or `stop` is set.
 
     `tick` is called about twice a second, `assure` before each commit: it raises where the output
     is no longer this run's. When stopped, shards whose parts have all come are
@@ -97,15 +104,13 @@ def run_shards(
         LedgerError: a chunk came twice.
     """
     tally = Tally(len(shards))
-    for start in range(0, len(shards), WAVE_SHARDS):
-        if not stop.is_set():
-            wave = Wave(shards[start : start + WAVE_SHARDS], settings, tally, stop, assure)
-            wave.run(tick)
+    if not stop.is_set():
+        Flow(shards, settings, tally, stop, assure).run(tick)
     return tally
 
 
-class Wave:
-    """One execution of the dataset over some shards, and the finalize tasks that follow from it."""
+class Flow:
+    """One execution of the dataset, and the finalize tasks that follow from it."""
 
     def __init__(
         self,
@@ -121,6 +126,8 @@ class Wave:
         self._stop = stop
         self._ledger = Ledger(shard.name for shard in shards)
         self._finalizing: dict[Any, str] = {}
+        # Made once: Ray publishes each to the whole cluster, for good.
+        self._finalize = ray.remote(num_cpus=0)(finalize_stage)
         self._rows: queue.Queue[Part | Exception | None] = queue.Queue(maxsize=1000)
         Interruption.stop = stop
         self._dataset = build_dataset(shards, settings)
@@ -185,8 +192,7 @@ class Wave:
         except OSError as error:
             self._fail(shard.name, f"the run cannot make sure that the output is its own: {error}")
             return
-        task = ray.remote(num_cpus=0)(finalize_stage)
-        self._finalizing[task.remote(shard, self._settings.finalize)] = shard.name
+        self._finalizing[self._finalize.remote(shard, self._settings.finalize)] = shard.name
 
     def _collect(self, timeout: float) -> None:
         if not self._finalizing:
@@ -218,14 +224,26 @@ def _too_many_rejects(shard: CompleteShard, limit: float) -> str | None:
     )
 
 
+def feed_blocks(shards: Sequence[Shard]) -> list[pa.Table]:
+    """The input as Ray Data holds it: few blocks, each of many shards."""
+    runs = [shards[start : start + FEED_SHARDS] for start in range(0, len(shards), FEED_SHARDS)]
+    return [
+        pa.table({"url": [shard.url for shard in run], "name": [shard.name for shard in run]})
+        for run in runs
+    ]
+
+
 def build_dataset(shards: Sequence[Shard], settings: FlowSettings) -> Dataset:
-    """The plan: four stages of different resources, so that Ray keeps them apart."""
+    """The plan: stages of different resources, so that Ray keeps them apart."""
     context = DataContext.get_current()
     context.target_max_block_size = 1
     context.enable_progress_bars = False
     context.max_errored_blocks = 0
     context.print_on_execution_start = False
-    context.custom_execution_callback_classes = [Interruption]
+    context.custom_execution_callback_classes = [Interruption, DropBlockStats]
+    context.set_config(
+        ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, FeedLimit]
+    )
     context.execution_options.resource_limits = ExecutionResources.for_limits(
         object_store_memory=settings.buffer_bytes
     )
@@ -235,9 +253,14 @@ def build_dataset(shards: Sequence[Shard], settings: FlowSettings) -> Dataset:
     resources: dict[str, float] = (
         {"num_gpus": settings.replica.tensor_parallel} if on_gpu else {"num_cpus": CPU_REPLICA_CPUS}
     )
-    items = [{"url": shard.url, "name": shard.name} for shard in shards]
     return (
-        ray.data.from_items(items, override_num_blocks=len(items))
+        ray.data.from_arrow(feed_blocks(shards))
+        .map_batches(
+            feed_stage,
+            batch_size=None,  # the whole block
+            num_cpus=0,
+            compute=TaskPoolStrategy(size=1),
+        )
         .map_batches(
             read_stage,
             batch_size=1,

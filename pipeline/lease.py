@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 import threading
 import time
@@ -22,14 +23,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from model.errors import UserError
-from pipeline.commits import LEASE, RUNS, Record
-from pipeline.storage import Storage, explained, join, redact
+from pipeline.commits import RUNS, Record
+from pipeline.storage import TEMPORARY, Storage, explained, join, redact
 
 logger = logging.getLogger(__name__)
 
 RENEW_SECONDS = 5.0
 PATIENCE_SECONDS = 30.0  # six renewals
 LOOK_SECONDS = 1.0
+LEASE = re.compile(r"lease-(\d{9})\.json")
 SETTLE_SECONDS = 3.0  # longest time between two writes of a race, where no store decides it
 
 
@@ -102,14 +104,20 @@ class Lease:
         if self._lost is not None:
             return
         try:
-            numbers = [n for n in _numbers(self._output, self._storage) if n <= self._number]
-            self._storage.remove(*(lease_url(self._output, n) for n in sorted(numbers)))
-            self._storage.remove_empty(join(self._output, RUNS))
+            runs = join(self._output, RUNS)
+            names = [name for name in self._storage.list_folder(runs) if self._is_over(name)]
+            self._storage.remove(*(join(runs, name) for name in names))
+            self._storage.remove_empty(runs)
         except OSError as error:
             logger.warning(
                 "%s: the lease is left behind (%s); the next run waits %.0f s for it to expire",
                 redact(self._output), error, PATIENCE_SECONDS,
             )  # fmt: skip
+
+    def _is_over(self, name: str) -> bool:
+        """This lease, one that it succeeded, or what a killed renewal left beside one."""
+        found = LEASE.fullmatch(TEMPORARY.sub("", name))
+        return found is not None and int(found[1]) <= self._number
 
     def _keep(self) -> None:
         while not self._ended.wait(RENEW_SECONDS) and self._lost is None:
@@ -237,7 +245,7 @@ def _decides(url: str, holder: Holder, storage: Storage) -> bool:
 
 def _numbers(output: str, storage: Storage) -> list[int]:
     names = storage.list_folder(join(output, RUNS))
-    return [int(match[1]) for name in names if (match := LEASE.match(f"{RUNS}/{name}"))]
+    return [int(match[1]) for name in names if (match := LEASE.fullmatch(name))]
 
 
 def _newest(output: str, storage: Storage) -> Found | None:

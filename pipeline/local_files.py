@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 BLOCK_BYTES = 8 << 20
@@ -43,3 +45,23 @@ def publish_local(path: str, data: bytes | None = None, moved: Path | None = Non
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def files_below(folder: str, depth: int | None = None) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Every file below a folder, by its path below it. Links to folders are not followed.
+
+    Args:
+        depth: levels of folders to look into; 1: the folder's own files. None: all.
+    """
+    inner = [("", depth)]
+    while inner:
+        path, levels = inner.pop()
+        with suppress(FileNotFoundError), os.scandir(f"{folder}/{path}") as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    if levels is None or levels > 1:
+                        inner.append(
+                            (f"{path}{entry.name}/", None if levels is None else levels - 1)
+                        )
+                else:
+                    yield path + entry.name, entry

@@ -91,11 +91,12 @@ def _expand(pattern: str, storage: Storage) -> tuple[list[str], str]:
     if _address(pattern).endswith(".tar"):
         return [pattern], _address(pattern).rpartition("/")[0]
     with explained("list", pattern):
-        if not storage.is_folder(pattern):
+        found = [name for name in storage.iter_files(pattern) if name.endswith(".tar")]
+        # Asked last: on S3 the answer takes a listing of the whole folder, kept in memory.
+        if not found and not storage.is_folder(pattern):
             raise FileNotFoundError(pattern)
-        found = storage.list_files(pattern)
     folder = pattern.rstrip("/")
-    return [f"{folder}/{name}" for name in found if name.endswith(".tar")], folder
+    return [f"{folder}/{name}" for name in found], folder
 
 
 def _braces(pattern: str) -> list[str]:

@@ -10,6 +10,7 @@ import ctypes
 import os
 from collections.abc import Iterator
 
+import numpy as np
 import pyarrow as pa
 
 from pipeline.chunks import TileSettings, tile_group
@@ -24,6 +25,12 @@ from pipeline.writers import FinalizeSettings, finalize_shard
 # wait for each other loses more by being interrupted than tiling gains.
 TILE_NICENESS = 19
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+
+
+def feed_stage(block: Row) -> Iterator[Row]:
+    """Many shards → one row for each, in their order, so that a repetition gives the same rows."""
+    for url, name in zip(block["url"], block["name"], strict=True):
+        yield {"url": np.array([url]), "name": np.array([name])}
 
 
 def read_stage(row: Row, settings: ReadSettings) -> Iterator[Row]:

@@ -13,7 +13,8 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +27,12 @@ import fsspec
 from botocore.exceptions import BotoCoreError, NoCredentialsError, PartialCredentialsError
 from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import glob_translate
 
 from model.errors import UserError
-from pipeline.local_files import BLOCK_BYTES, create_local, publish_local
+from pipeline.local_files import BLOCK_BYTES, create_local, files_below, publish_local
 from pipeline.printable import printable
+from pipeline.s3_listing import list_objects, list_side_by_side, read_dates_quickly
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -202,25 +205,111 @@ class Storage:
 
         return self._call(fs, request, path, what=f"read at offset {start}", url=url)
 
+    def iter_files(self, folder: str, depth: int | None = None) -> Iterator[str]:
+        """Every file below a folder, by its path below it, as the listing goes on; none if it is
+        not there. `depth` 1: the folder's own files alone.
+        """
+        fs, path = self.open(folder)
+        root = path.rstrip("/") + "/"
+        with suppress(FileNotFoundError):
+            if isinstance(fs, LocalFileSystem):
+                yield from (name for name, _ in files_below(path, depth))
+            elif _is_s3(fs):
+                objects = self._objects(fs, root, folder, depth=depth)
+                yield from (name.removeprefix(root) for name, _ in objects)
+            else:
+                fs.invalidate_cache()
+                names = self._call(
+                    fs, fs.find, path, maxdepth=depth, what="list", url=folder, waits=60
+                )
+                yield from (name.removeprefix(root) for name in names)
+
     def list_files(self, folder: str) -> dict[str, int]:
         """Every file below a folder: path below it -> size in bytes. Empty if there is none."""
         fs, path = self.open(folder)
-        fs.invalidate_cache()
-        try:
-            found = self._call(fs, fs.find, path, detail=True, what="list", url=folder, waits=60)
-        except FileNotFoundError:
-            return {}
         root = path.rstrip("/") + "/"
-        return {name.removeprefix(root): int(entry["size"]) for name, entry in found.items()}
+        sizes: dict[str, int] = {}
+        with suppress(FileNotFoundError):
+            if isinstance(fs, LocalFileSystem):
+                for name, entry in files_below(path):
+                    with suppress(FileNotFoundError):  # gone meanwhile
+                        sizes[name] = entry.stat().st_size
+            elif _is_s3(fs):
+                for name, size in self._objects(fs, root, folder):
+                    sizes[name.removeprefix(root)] = size
+            else:
+                fs.invalidate_cache()
+                found = self._call(
+                    fs, fs.find, path, detail=True, what="list", url=folder, waits=60
+                )
+                sizes = {name.removeprefix(root): int(e["size"]) for name, e in found.items()}
+        return sizes
+
+    def list_names(self, folder: str, bounds: Sequence[str]) -> list[str]:
+        """Every file below a folder, in no order. On S3, whose pages come one after the other, the
+        runs between some `bounds` (paths below the folder, in order) are listed side by side.
+        """
+        fs, path = self.open(folder)
+        if not _is_s3(fs):
+            return list(self.iter_files(folder))
+        root = path.rstrip("/") + "/"
+        bucket, prefix, _ = fs.split_path(root)
+
+        def names(run: tuple[str, str | None]) -> list[str]:
+            found = self._objects(fs, root, folder, after=run[0], until=run[1])
+            return [name.removeprefix(root) for name, _ in found]
+
+        runs = list_side_by_side([prefix + bound for bound in bounds], bucket)
+        with ThreadPoolExecutor(len(runs)) as pool:
+            try:
+                return [name for found in pool.map(names, runs) for name in found]
+            except FileNotFoundError:
+                return []
 
     def glob(self, pattern: str) -> list[str]:
         """URLs of the files that match, sorted."""
         fs, path = self.open(pattern)
-        found = self._call(fs, fs.glob, path, detail=True, what="list", url=pattern, waits=60)
         protocol = fsspec.core.split_protocol(pattern)[0]
         front = f"{protocol}://" if protocol else ""
-        names = [name for name, entry in found.items() if entry["type"] == "file"]
-        return sorted(name if name.startswith(front) else front + name for name in names)
+        fixed = re.split(r"[*?\[]", path, maxsplit=1)[0]
+        folder = fixed.rpartition("/")[0]
+        depth = None if "**" in path else path.count("/") - folder.count("/")
+        names: Iterable[str]
+        with suppress(FileNotFoundError):
+            matches = re.compile(glob_translate(path)).match
+            if isinstance(fs, LocalFileSystem):
+                names = (f"{folder}/{name}" for name, _ in files_below(folder, depth))
+            elif _is_s3(fs):
+                names = (name for name, _ in self._objects(fs, fixed, pattern, depth=depth))
+            else:
+                found = self._call(
+                    fs, fs.glob, path, detail=True, what="list", url=pattern, waits=60
+                )
+                return sorted(
+                    name if name.startswith(front) else front + name
+                    for name, entry in found.items()
+                    if entry["type"] == "file"
+                )
+            return sorted(front + name for name in names if matches(name))
+        return []
+
+    def _objects(
+        self, fs: fsspec.AbstractFileSystem, start: str, url: str, **which: Any
+    ) -> Iterator[tuple[str, int]]:
+        """Path (bucket and key) and size of the objects whose path begins with `start`."""
+        bucket, prefix, _ = fs.split_path(start)
+        if not bucket:
+            raise StorageError(f"{redact(url)}: a bucket must be named, without wildcards")
+        read_dates_quickly(fs)
+
+        def request(**options: Any) -> dict[str, Any]:
+            page: dict[str, Any] = self._call(
+                fs, fs.call_s3, "list_objects_v2", what="list", url=url, **options
+            )
+            return page
+
+        for key, size in list_objects(request, bucket, prefix, **which):
+            yield f"{bucket}/{key}", size
 
     def publish_bytes(self, url: str, data: bytes) -> None:
         """Puts an object whole, replacing what had its name."""
@@ -339,6 +428,10 @@ class Storage:
             except Exception as error:  # a storage's own kind of error: told, never tried again
                 raise OSError(f"cannot {what} {redact(url)}: {_words(error)}") from error
         raise AssertionError("unreachable")
+
+
+def _is_s3(fs: fsspec.AbstractFileSystem) -> bool:
+    return "s3" in fs.protocol  # s3fs itself is not imported where no S3 is used
 
 
 def _true_fault(error: BaseException) -> BaseException:

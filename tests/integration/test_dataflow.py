@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import secrets
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -14,16 +15,19 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 from PIL import Image
+from ray.actor import ActorHandle
+from ray.data._internal.execution.operators.map_operator import MapOperator
+from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
 from jobs.cluster import Pool, connect
 from jobs.config import ExtractConfig
 from jobs.extract import describe, flow_settings
 from model.checkpoint import open_checkpoint
-from pipeline import dataflow
+from pipeline import dataflow, long_runs
 from pipeline.commits import committed_shards, open_output
 from pipeline.dataflow import Tally, run_shards
 from pipeline.records import Row
-from pipeline.replica import Replica
+from pipeline.replica import Replica, ReplicaSettings
 from pipeline.shards import list_shards
 from pipeline.storage import Storage
 from tests.builders import picture, sample, samples, write_checkpoint, write_tar
@@ -44,6 +48,14 @@ class FragileReplica(Replica):
 
         self._encoder.encode = fragile  # type: ignore[method-assign]
         return super().__call__(row)
+
+
+class WrittenDownReplica(Replica):
+    """Leaves a file beside the model each time that one is loaded."""
+
+    def __init__(self, settings: ReplicaSettings, deaths: ActorHandle) -> None:
+        (Path(settings.model).parent / f"loaded-{secrets.token_hex(4)}").touch(exist_ok=False)
+        super().__init__(settings, deaths)
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +151,35 @@ def test_an_error_of_the_driver_ends_the_flow_too(local_ray: None, tmp_path: Pat
         run(tmp_path, write_checkpoint(tmp_path / "model"), fail)
     names = {thread.name for thread in threading.enumerate()}
     assert not [name for name in names if name.startswith(("ray-data", "StreamingExecutor"))]
+
+
+def test_one_replica_serves_a_run_of_many_input_blocks(
+    local_ray: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The model is loaded once, few shards are fed ahead, and nothing is kept of a block."""
+    monkeypatch.setattr(dataflow, "Replica", WrittenDownReplica)
+    monkeypatch.setattr(dataflow, "FEED_SHARDS", 3)
+    monkeypatch.setattr(long_runs, "WAITING_SHARDS", 1)
+    kept, waiting = [], []
+    drop = long_runs.DropBlockStats.on_execution_step
+
+    def watch(self: long_runs.DropBlockStats, executor: StreamingExecutor) -> None:
+        stages = [(o, s) for o, s in executor._topology.items() if isinstance(o, MapOperator)]
+        assert len(stages) == 5
+        waiting.append(stages[0][1].output_queue.num_blocks)
+        kept.append([len(operator._output_blocks_stats) for operator, _ in stages])
+        drop(self, executor)
+        assert not any(operator._output_blocks_stats for operator, _ in stages)
+
+    monkeypatch.setattr(long_runs.DropBlockStats, "on_execution_step", watch)
+    names = {f"{number:02d}" for number in range(13)}
+    for name in names:
+        write_tar(tmp_path / "in" / f"{name}.tar", samples(2, prefix=name))
+
+    tally = run(tmp_path, write_checkpoint(tmp_path / "model"))
+
+    assert tally.failures == []
+    assert committed_shards(str(tmp_path / "out"), Storage()) == names
+    assert len(list(tmp_path.glob("loaded-*"))) == 1
+    assert max(map(max, kept)) > 0, "Ray Data keeps statistics elsewhere"
+    assert 0 < max(waiting) <= 3

@@ -21,7 +21,6 @@ from pipeline.commits import (
     open_output,
     read_commits,
     read_dataset,
-    stray_files,
 )
 from tests.builders import files_below
 from tests.stages import STORAGE
@@ -163,31 +162,7 @@ def test_commits_are_listed_and_read_by_their_shards_names(tmp_path: Path) -> No
         STORAGE.publish_bytes(commit_url(output, shard), commit(shard).dump())
     put(tmp_path, "commits/d.json.tmp-0123abcd")
     assert committed_shards(output, STORAGE) == {"a", "a/b", "c-00001"}
-    assert read_commits(output, ["a/b", "a"], STORAGE) == [commit("a/b"), commit("a")]
-
-
-def test_strays_are_what_belongs_to_no_committed_shard(tmp_path: Path) -> None:
-    kept = [
-        "dataset.json",
-        "commits/a.json",
-        "embeddings/a.parquet",
-        "embeddings/a-00001.parquet",
-        "rejects/a.parquet",
-        "embeddings/n-00007.parquet",  # a shard of that name
-        "embeddings/a/c-00000.parquet",
-    ]
-    strays = [
-        "_runs/r/parts/0/0.arrow",
-        "commits/z.json.tmp-0123abcd",
-        "embeddings/a/b.parquet",
-        "embeddings/a/b-00000.parquet",
-        "embeddings/a.parquet.tmp-89abcdef",
-        "rejects/b.parquet",
-    ]
-    for name in [*kept, *strays]:
-        put(tmp_path, name)
-    found = stray_files(str(tmp_path), {"a", "n-00007", "a/c"}, STORAGE)
-    assert found == sorted(strays)
+    assert list(read_commits(output, ["a/b", "a"], STORAGE)) == [commit("a/b"), commit("a")]
 
 
 def test_settings_may_change_while_nothing_is_committed(tmp_path: Path) -> None:
