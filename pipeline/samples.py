@@ -274,5 +274,5 @@ def _json_field(data: bytes, name: str) -> str | None:
         text = value if value is None or isinstance(value, str) else json.dumps(value)
     except (ValueError, RecursionError):  # no JSON, or nested deeper than Python reads it
         return None
-    # JSON can spell half a surrogate pair ("\\ud800"), which no UTF-8 can hold
+    # JSON can spell half a surrogate pair ("\ud800"), which no UTF-8 can hold
     return None if text is None else text.encode("utf-8", "replace").decode()

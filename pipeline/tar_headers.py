@@ -36,7 +36,7 @@ class Archive(tarfile.TarFile):
     def next(self) -> tarfile.TarInfo | None:
         self.num_headers = 0
         entry = super().next()
-        self.members = []  # type: ignore[attr-defined] # tarfile keeps every member for ever
+        self.members: list[tarfile.TarInfo] = []  # tarfile keeps every member for ever
         return entry
 
 
@@ -56,7 +56,7 @@ class Header(tarfile.TarInfo):
             if self.size > limit:
                 raise RefusedHeaderError(f"a header of {self.size} bytes, more than {limit}")
         entry: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]
-        if archive.offset < archive.fileobj.tell():  # type: ignore[union-attr]
+        if archive.offset < archive.fileobj.tell():
             raise RefusedHeaderError("a header that leads backwards")
         return entry
 
@@ -69,8 +69,8 @@ class Header(tarfile.TarInfo):
             raise tarfile.ReadError("unexpected end of data")
         records = pax_records(payload[: self.size])
         if any(key.startswith(b"GNU.sparse.") for key in records):
-            name = records.get(b"GNU.sparse.name", b"").decode("utf-8", "replace")
-            raise RefusedHeaderError(f"sparse member {shown(name)}".rstrip())
+            sparse = records.get(b"GNU.sparse.name", b"").decode("utf-8", "replace")
+            raise RefusedHeaderError(f"sparse member {shown(sparse)}".rstrip())
         name, size = records.get(b"path"), records.get(b"size")
         if self.type == tarfile.XGLTYPE and (name is not None or size is not None):
             raise RefusedHeaderError("a global pax header with a name or a size")
