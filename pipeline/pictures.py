@@ -28,6 +28,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "PPM")
 # Above this Pillow itself refuses to open a picture: 2 × `Image.MAX_IMAGE_PIXELS`. It stands here
 # as a number so that what is accepted does not depend on a setting some other library changed.
 MAX_PIXELS = 2 * 89_478_485
+STRIP_ROWS = 1024
 
 
 class PictureError(Exception):
@@ -93,7 +94,9 @@ def open_picture(data: bytes) -> "Iterator[Image.Image]":
 def decode_exact(data: bytes) -> Image.Image:
     """The picture in mode RGB, decoded by Pillow. Raises PictureError."""
     with open_picture(data) as picture:
-        return picture.convert("RGB")
+        picture.load()
+        # `convert` would copy what is RGB already: 683 MiB of the largest picture
+        return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def decode_fast(data: bytes) -> "NDArray[np.uint8]":
@@ -114,7 +117,17 @@ def decode_fast(data: bytes) -> "NDArray[np.uint8]":
                 return pixels
             except ValueError:
                 pass  # decoded below, or rejected there
-        return np.array(picture.convert("RGB"))  # a copy torch may share: asarray is read-only
+    del picture  # with a WebP's decoder, which keeps two frames
+    return _array(decode_exact(data))
+
+
+def _array(picture: Image.Image) -> "NDArray[np.uint8]":
+    """A copy that torch may share, made strip by strip: at once it would take two copies more."""
+    pixels = np.empty((picture.height, picture.width, 3), np.uint8)
+    for top in range(0, picture.height, STRIP_ROWS):
+        bottom = min(top + STRIP_ROWS, picture.height)
+        pixels[top:bottom] = np.asarray(picture.crop((0, top, picture.width, bottom)))
+    return pixels
 
 
 def _decode_error(error: Exception) -> PictureError:
