@@ -30,6 +30,14 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "PPM")
 MAX_PIXELS = 2 * 89_478_485
 STRIP_ROWS = 1024
 
+# Some headers may go on as long as the file: a comment of a PPM is read byte by byte, a PNG's
+# chunks are kept, a JPEG's EXIF segments are joined one to all before it. Counts end them at the
+# same place every time, as a clock would not. Each is many times what all metadata take, and two
+# seconds at the most.
+MAX_HEADER_READS = 1_000_000
+MAX_HEADER_BYTES = 32 << 20  # in reads no longer than a JPEG's segment
+SEGMENT_BYTES = 65_535
+
 
 class PictureError(Exception):
     """One picture that cannot be used: data to be recorded as a reject, not a failure of the job.
@@ -59,6 +67,24 @@ def picture_size(data: bytes) -> tuple[int, int]:
         return picture.size
 
 
+class _Source(io.BytesIO):
+    """What Pillow reads from; as long as it reads the header, with limits."""
+
+    in_header = True
+    reads_left = MAX_HEADER_READS
+    bytes_left = MAX_HEADER_BYTES
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(size)
+        if self.in_header:
+            self.reads_left -= 1
+            if len(data) <= SEGMENT_BYTES:
+                self.bytes_left -= len(data)
+            if self.reads_left < 0 or self.bytes_left < 0:
+                raise PictureError("decode", "decode-error", "its header does not come to an end")
+        return data
+
+
 @contextmanager
 def open_picture(data: bytes) -> "Iterator[Image.Image]":
     """The picture with its header read and its pixels not yet decoded.
@@ -70,7 +96,9 @@ def open_picture(data: bytes) -> "Iterator[Image.Image]":
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            source = _Source(data)
+            with Image.open(source, formats=FORMATS) as picture:
+                source.in_header = False
                 width, height = picture.size
                 if width * height > MAX_PIXELS:
                     raise Image.DecompressionBombError(f"{width}x{height} pixels")
