@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 CHILD = "pipeline.isolation"  # tests put one there whose decoder is broken
 MAX_DEATHS = 3  # somebody else may have killed the child, so one is no proof
-MAX_DECODE_BYTES = 6 << 30  # twice what the largest picture of the worst kind takes
+MAX_DECODE_BYTES = 6 << 30  # twice what the largest of the worst kind, a WebP, takes
 START_SECONDS = 120.0
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 

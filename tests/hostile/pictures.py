@@ -104,7 +104,7 @@ def _claims(name: str, find: bytes, skip: int, sides: bytes) -> bytes:
     return bytes(data)
 
 
-def _webp_canvas(side: int) -> bytes:
+def webp_canvas(side: int) -> bytes:
     """An animated WebP of one small frame on a canvas of side × side."""
     frame = encode(Image.new("RGB", (32, 32)), "WEBP")[12:]
     place = bytes(6) + (31).to_bytes(3, "little") * 2 + b"\x64\0\0\0"
@@ -194,8 +194,8 @@ ODD: dict[str, Odd] = {
     "bmp-rle-ends-early": Odd(lambda: _bmp_rle(b"\0\1", 2000, 2000), UNDECODABLE),
     "bmp-rle-line-ends": Odd(lambda: _bmp_rle(b"\0\0" * 100_000, 200, 200), UNDECODABLE),
     "bomb.png": Odd(lambda: png_header(0x7FFFFFFF, 0x7FFFFFFF), BOMB),
-    "bomb.webp": Odd(lambda: _webp_canvas(16_383), BOMB),
-    "bomb-24-bit.webp": Odd(lambda: _webp_canvas(1 << 16), BOMB),
+    "bomb.webp": Odd(lambda: webp_canvas(16_383), BOMB),
+    "bomb-24-bit.webp": Odd(lambda: webp_canvas(1 << 16), BOMB),
     "bomb.gif": Odd(lambda: _claims("frames.gif", b"GIF8", 6, b"\xff" * 4), BOMB),
     "bomb.bmp": Odd(lambda: _claims("palette.bmp", b"BM", 18, b"\xff\xff\xff\x7f" * 2), BOMB),
     "bomb.ppm": Odd(lambda: b"P6 2147483647 2147483647 255\n", BOMB),

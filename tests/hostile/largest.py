@@ -1,0 +1,124 @@
+"""How much memory the largest picture that is accepted takes, in each format and mode."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.record import Table
+from pipeline.pictures import MAX_PIXELS
+from pipeline.tiling import Tiling, cut_tiles, picture_size, plan_tiles
+from tests.builders import REPOSITORY
+from tests.hostile.pictures import png, webp_canvas
+
+SIDE = 13_377  # squared just below MAX_PIXELS
+LONG = 399_000  # times 448
+
+
+def grey() -> Image.Image:
+    slope = np.add.outer(np.arange(SIDE) // 7, np.arange(SIDE) // 5)
+    return Image.fromarray(slope.astype(np.uint8))
+
+
+def bands(mode: str) -> Image.Image:
+    band = grey()
+    return Image.merge(
+        mode, [band, band.transpose(Image.Transpose.ROTATE_90), *[band] * 2][: len(mode)]
+    )
+
+
+def saved(make: Callable[[], Image.Image], kind: str, **options: object) -> Callable[[Path], None]:
+    return lambda path: make().save(path, kind, **options)
+
+
+def written(make: Callable[[], bytes]) -> Callable[[Path], None]:
+    return lambda path: path.write_bytes(make()) and None
+
+
+LARGEST: dict[str, Callable[[Path], None]] = {
+    "JPEG": saved(lambda: bands("RGB"), "JPEG"),
+    "JPEG progressive, 4:4:4": saved(lambda: bands("RGB"), "JPEG", progressive=True, subsampling=0),
+    "JPEG progressive, CMYK": saved(lambda: bands("CMYK"), "JPEG", progressive=True),
+    "PNG RGB": saved(lambda: bands("RGB"), "PNG", compress_level=1),
+    "PNG RGBA": saved(lambda: bands("RGBA"), "PNG", compress_level=1),
+    "PNG palette": saved(lambda: grey().convert("P"), "PNG", compress_level=1),
+    "PNG 16-bit grey": written(lambda: png(SIDE, SIDE, depth=16)),
+    "PNG 16-bit RGBA": written(lambda: png(SIDE, SIDE, depth=16, colour=6)),
+    "PPM 16-bit": written(lambda: b"P5 %d %d 65535\n" % (SIDE, SIDE) + bytes(2 * SIDE * SIDE)),
+    "BMP grey": saved(grey, "BMP"),
+    "TIFF deflate": saved(lambda: bands("RGB"), "TIFF", compression="tiff_adobe_deflate"),
+    "TIFF CMYK LZW": saved(lambda: bands("CMYK"), "TIFF", compression="tiff_lzw"),
+    "GIF": saved(lambda: grey().convert("P"), "GIF"),
+    "WebP": saved(lambda: Image.new("RGB", (SIDE, SIDE), "teal"), "WEBP", method=0),
+    "WebP animated": written(lambda: webp_canvas(SIDE)),
+    "AVIF": saved(lambda: bands("RGB"), "AVIF", quality=40, speed=10),
+    "AVIF RGBA": saved(lambda: bands("RGBA"), "AVIF", quality=40, speed=10),
+    "PNG 448 × 399 000, center-crop": saved(
+        lambda: Image.new("RGB", (448, LONG)), "PNG", compress_level=1
+    ),
+}
+
+
+def measured() -> Table:
+    """Each is encoded in one process and tiled in another."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "picture")
+        for name in LARGEST:
+            _run("encode", name, path)
+            exact, fast = (json.loads(_run(mode, name, path)) for mode in ("exact", "fast"))
+            rows.append((name, Path(path).stat().st_size >> 20, *exact, *fast))
+    columns = ("picture", "file, MiB", "exact, MiB", "exact, s", "fast, MiB", "fast, s")
+    title = f"Peak of tiling the largest pictures accepted ({MAX_PIXELS} pixels), above the worker"
+    return Table(title, columns, tuple(rows))
+
+
+def _run(*arguments: str) -> str:
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.hostile.largest", *arguments],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    return run.stdout
+
+
+def tile(mode: str, name: str, path: Path) -> tuple[int, float]:
+    """Peak in MiB above what is there with the file read, and seconds."""
+    data = path.read_bytes()
+    if mode == "fast":
+        import simplejpeg  # noqa: F401
+        import torch  # noqa: F401
+    kind = "center-crop" if "center-crop" in name else "dynamic"
+    tiling = Tiling(kind, 448, 448, resize=mode)  # type: ignore[arg-type]
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
+    before, began = _peak_mib(), time.perf_counter()
+    plan = plan_tiles(*picture_size(data), tiling)
+    out = np.empty((plan.tile_count, 448, 448, 3), np.uint8)
+    cut_tiles(data, tiling, plan, out)
+    return _peak_mib() - before, round(time.perf_counter() - began, 1)
+
+
+def _peak_mib() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) >> 10
+
+
+if __name__ == "__main__":
+    Image.MAX_IMAGE_PIXELS = None
+    what, which, where = sys.argv[1:]
+    if what == "encode":
+        LARGEST[which](Path(where))
+    else:
+        print(json.dumps(tile(what, which, Path(where))))
