@@ -205,9 +205,9 @@ def _resize(
         # away; one pass a call gives the same bytes with both.
         bicubic = Image.Resampling.BICUBIC
         wide = picture.resize((width, picture.height), bicubic)
-        cropped = wide.resize((width, height), bicubic)
+        whole = wide.resize((width, height), bicubic)
         # A long picture's crop is cut out before numpy copies it: a GiB less.
-        return np.asarray(cropped if box == (0, 0, width, height) else cropped.crop(box))
+        return np.asarray(whole if box == (0, 0, width, height) else whole.crop(box))
 
     import torch
 

@@ -36,15 +36,17 @@ def bands(mode: str) -> Image.Image:
     )
 
 
-def saved(make: Callable[[], Image.Image], kind: str, **options: object) -> Callable[[Path], None]:
+def saved(
+    make: Callable[[], Image.Image], kind: str, **options: object
+) -> Callable[[Path], object]:
     return lambda path: make().save(path, kind, **options)
 
 
-def written(make: Callable[[], bytes]) -> Callable[[Path], None]:
-    return lambda path: path.write_bytes(make()) and None
+def written(make: Callable[[], bytes]) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(make())
 
 
-LARGEST: dict[str, Callable[[Path], None]] = {
+LARGEST: dict[str, Callable[[Path], object]] = {
     "JPEG": saved(lambda: bands("RGB"), "JPEG"),
     "JPEG progressive, 4:4:4": saved(lambda: bands("RGB"), "JPEG", progressive=True, subsampling=0),
     "JPEG progressive, CMYK": saved(lambda: bands("CMYK"), "JPEG", progressive=True),
@@ -62,7 +64,7 @@ LARGEST: dict[str, Callable[[Path], None]] = {
     "WebP animated": written(lambda: webp_canvas(SIDE)),
     "AVIF": saved(lambda: bands("RGB"), "AVIF", quality=40, speed=10),
     "AVIF RGBA": saved(lambda: bands("RGBA"), "AVIF", quality=40, speed=10),
-    "PNG 448 × 399 000, center-crop": saved(
+    "PNG of 448 by 399 000, center-crop": saved(
         lambda: Image.new("RGB", (448, LONG)), "PNG", compress_level=1
     ),
 }
