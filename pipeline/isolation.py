@@ -193,7 +193,7 @@ def _answer(
     except PictureError as error:
         return {"error": [error.stage, error.code, error.message]}, b""
     except MemoryError:
-        message = f"takes more than {MAX_DECODE_BYTES >> 20} MiB to decode"
+        message = f"the decoder asked for more memory than {MAX_DECODE_BYTES >> 20} MiB"
         return {"error": ["decode", "memory", message]}, b""
 
 

@@ -28,6 +28,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "PPM")
 # Above this Pillow itself refuses to open a picture: 2 × `Image.MAX_IMAGE_PIXELS`. It stands here
 # as a number so that what is accepted does not depend on a setting some other library changed.
 MAX_PIXELS = 2 * 89_478_485
+# Pillow's decoders and its `resize` raise MemoryError from a side of some 2**26 pixels on, where an
+# int cannot count bits or coefficients any more; these take 32 bytes for each pixel of the side.
+MAX_SIDE = 1 << 24
 STRIP_ROWS = 1024
 
 # Some headers may go on as long as the file: a comment of a PPM is read byte by byte, a PNG's
@@ -102,6 +105,9 @@ def open_picture(data: bytes) -> "Iterator[Image.Image]":
                 width, height = picture.size
                 if width * height > MAX_PIXELS:
                     raise Image.DecompressionBombError(f"{width}x{height} pixels")
+                if max(width, height) > MAX_SIDE:
+                    message = f"{width}x{height} pixels, a side of more than {MAX_SIDE}"
+                    raise PictureError("decode", "decompression-bomb", message)
                 yield picture
     except (MemoryError, PictureError):
         raise

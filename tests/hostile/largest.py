@@ -64,6 +64,7 @@ LARGEST: dict[str, Callable[[Path], object]] = {
     "WebP animated": written(lambda: webp_canvas(SIDE)),
     "AVIF": saved(lambda: bands("RGB"), "AVIF", quality=40, speed=10),
     "AVIF RGBA": saved(lambda: bands("RGBA"), "AVIF", quality=40, speed=10),
+    "PNG of 16 777 216 by 10": written(lambda: png(1 << 24, 10, colour=2)),
     "PNG of 448 by 399 000, center-crop": saved(
         lambda: Image.new("RGB", (448, LONG)), "PNG", compress_level=1
     ),

@@ -80,7 +80,7 @@ def test_tiles_and_errors_are_those_of_this_process(resize: str) -> None:
         ("load-abort", "decode/crashed: its decoder's process died 3 times (SIGABRT)"),
         ("open-hang", "decode/deadline: hung in the decoder for 3 s"),
         ("load-hang", "decode/deadline: hung in the decoder for 3 s"),
-        ("load-memory", "decode/memory: takes more than 6144 MiB to decode"),
+        ("load-memory", "decode/memory: the decoder asked for more memory than 6144 MiB"),
     ],
 )
 def test_a_fault_of_the_decoder_is_a_reject(

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image, ImageFile
 
-from pipeline.pictures import decode_exact, decode_fast, picture_size
+from pipeline import chunks
+from pipeline.pictures import MAX_SIDE, decode_exact, decode_fast, picture_size
 from pipeline.tiling import Tiling
 from tests.builders import write_tar
 from tests.data.make_tiling_pictures import encode, scene
-from tests.hostile.pictures import ODD, case, inverted_cmyk, pixels, sound
+from tests.hostile.pictures import ODD, case, inverted_cmyk, pixels, png, sound
 from tests.hostile.stages import balance, run_stages
 
 SECONDS = 20.0
@@ -50,6 +52,13 @@ def test_a_long_thin_picture_cannot_be_resized_for_the_crop(tmp_path: Path) -> N
     path = write_tar(tmp_path / "s.tar", [("0.png", ODD["1x65535"].build())])
     outcome = balance(run_stages(path, tiling=Tiling("center-crop", 448, 448)))
     assert outcome.rejects == {0: ("0", "tile/extreme-aspect")}
+
+
+@pytest.mark.parametrize("resize", ["exact", "fast"])
+def test_the_longest_side_is_tiled(resize: str, tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "s.tar", [("0.png", png(MAX_SIDE, 1)), ("1.png", png(1, MAX_SIDE))])
+    tiling = Tiling("dynamic", 28, 28, max_tiles=4, resize=resize)  # type: ignore[arg-type]
+    assert list(balance(run_stages(path, tiling=tiling)).embedded.values()) == ["0", "1"]
 
 
 @pytest.mark.parametrize("resize", ["exact", "fast"])
@@ -95,6 +104,26 @@ def test_mutated_pictures_are_embedded_or_rejected(resize: str, tmp_path: Path) 
     assert len({code for _, code in outcome.rejects.values()}) >= 4
     for index in list(outcome.embedded)[:50]:
         assert decode_exact(case(SEED, index)[1]).tobytes() == pixels(case(SEED, index)[1])
+
+
+def test_what_nobody_has_thought_of_costs_its_picture_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cut_tiles = chunks.cut_tiles
+
+    def broken(data: bytes, *arguments: Any) -> None:
+        if data == ODD["1x1"].build():
+            raise AttributeError("a bug")
+        cut_tiles(data, *arguments)
+
+    monkeypatch.setattr(chunks, "cut_tiles", broken)
+    members = [("0.png", ODD["1x1"].build()), ("1.png", ODD["16-bit"].build())]
+    (chunk,) = run_stages(write_tar(tmp_path / "s.tar", members))
+    (row,) = chunk.rejects.to_pylist()
+    assert (row["key"], row["stage"], row["error"]) == ("0", "tile", "unforeseen")
+    assert row["message"] == "AttributeError: a bug"
+    assert set(chunk.rows["key"].to_pylist()) == {"1"}
+    assert "in broken" in caplog.text
 
 
 def test_cases_are_the_same_for_the_same_seed() -> None:
