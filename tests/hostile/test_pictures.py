@@ -58,7 +58,9 @@ def test_a_long_thin_picture_cannot_be_resized_for_the_crop(tmp_path: Path) -> N
 def test_the_longest_side_is_tiled(resize: str, tmp_path: Path) -> None:
     path = write_tar(tmp_path / "s.tar", [("0.png", png(MAX_SIDE, 1)), ("1.png", png(1, MAX_SIDE))])
     tiling = Tiling("dynamic", 28, 28, max_tiles=4, resize=resize)  # type: ignore[arg-type]
-    assert list(balance(run_stages(path, tiling=tiling)).embedded.values()) == ["0", "1"]
+    outcome = balance(run_stages(path, tiling=tiling))
+    assert outcome.embedded == {0: "0"}
+    assert outcome.rejects == {1: ("1", "tile/extreme-aspect")}  # by way of 28 columns of it
 
 
 @pytest.mark.parametrize("resize", ["exact", "fast"])
