@@ -20,6 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.deadlines import HardLimit, deadline, hard_seconds
+from pipeline.isolation import IsolationError
 from pipeline.records import (
     Head,
     Reject,
@@ -204,10 +205,13 @@ def _cut(
 
 @contextmanager
 def _foreseen(sample: dict[str, Any]) -> Iterator[None]:
-    """What nobody has thought of costs the picture, not the job. Memory says nothing about it."""
+    """What nobody has thought of costs the picture, not the job.
+
+    That memory is short, or that no process starts, says nothing about the picture.
+    """
     try:
         yield
-    except (PictureError, MemoryError):
+    except (PictureError, MemoryError, IsolationError):
         raise
     except Exception as error:
         logger.exception("sample %s: unforeseen in tiling", shown(sample["key"]))

@@ -17,6 +17,8 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -41,6 +43,10 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 class ChildDiedError(Exception):
     """The child ended without an answer."""
+
+
+class IsolationError(Exception):
+    """No child can be started here: nothing that a picture could do."""
 
 
 class IsolatedDecoder:
@@ -79,11 +85,11 @@ class IsolatedDecoder:
             self._child = None
 
     def _ask(self, request: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
+        limit = hard_seconds(self._deadline_seconds)
         for _ in range(MAX_DEATHS):
+            if self._child is None:
+                self._start()
             try:
-                if self._child is None:
-                    self._start()
-                limit = hard_seconds(self._deadline_seconds)
                 answer, payload = self._exchange(request, data, limit)
             except ChildDiedError as died:
                 self.close()
@@ -99,14 +105,18 @@ class IsolatedDecoder:
         raise PictureError("decode", "crashed", message) from last
 
     def _start(self) -> None:
-        self._child = subprocess.Popen(  # noqa: S603 this interpreter and our own module
-            # -P: whatever lies in the current folder is not ours
-            [sys.executable, "-P", "-m", CHILD, self._job],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
-        self._exchange(None, b"", START_SECONDS)  # says that it is ready
+        try:
+            self._child = subprocess.Popen(  # noqa: S603 this interpreter and our own module
+                # -P: whatever lies in the current folder is not ours
+                [sys.executable, "-P", "-m", CHILD, self._job],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )
+            self._exchange(None, b"", START_SECONDS)  # says that it is ready
+        except (OSError, ChildDiedError) as error:
+            self.close()
+            raise IsolationError(f"the decoder's process does not start: {error}") from error
 
     def _exchange(
         self, request: dict[str, Any] | None, data: bytes, seconds: float
@@ -186,8 +196,7 @@ def _answer(
         width, height = request["size"]
         plan = plan_tiles(width, height, tiling)
         tiles = np.empty((plan.tile_count, tiling.tile_size, tiling.tile_size, 3), np.uint8)
-        _limit_memory()
-        with deadline(deadline_seconds):
+        with _limited_memory(), deadline(deadline_seconds):
             cut_tiles(data, tiling, plan, tiles)
         return {}, tiles.tobytes()
     except PictureError as error:
@@ -197,12 +206,17 @@ def _answer(
         return {"error": ["decode", "memory", message]}, b""
 
 
-def _limit_memory() -> None:
-    """What may be allocated from here on; `RLIMIT_DATA` leaves out what libraries only map."""
+@contextmanager
+def _limited_memory() -> Iterator[None]:
+    """What may be allocated in here; `RLIMIT_DATA` leaves out what libraries only map."""
     status = Path("/proc/self/status").read_text()
     used = next(int(x.split()[1]) for x in status.splitlines() if x.startswith("VmData:")) << 10
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (used + MAX_DECODE_BYTES, hard))
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (used + MAX_DECODE_BYTES, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 if __name__ == "__main__":

@@ -248,7 +248,8 @@ def _unusable(
     if image.data is None:
         return "oversized", f"the image member has {image.size} bytes"
     carried = {name.partition(":")[0] for name in settings.carry}
-    carried_bytes = sum(sample.members[key].size for key in carried if key in sample.members)
+    others = [m for key, m in sample.members.items() if key in carried and m is not image]
+    carried_bytes = sum(member.size for member in others)
     if carried_bytes > MAX_CARRIED_BYTES:
         return "oversized", f"the members to be carried have {carried_bytes} bytes"
     return None

@@ -18,7 +18,7 @@ import pyarrow as pa
 from pipeline.chunks import Decoder, DirectDecoder, TileSettings, tile_group
 from pipeline.commits import commit_url
 from pipeline.embedding import Embedded, write_part
-from pipeline.isolation import IsolatedDecoder
+from pipeline.isolation import IsolatedDecoder, IsolationError
 from pipeline.ledger import CompleteShard
 from pipeline.records import Row, Shard, one_row
 from pipeline.samples import GroupRow, ReadSettings, read_groups
@@ -26,7 +26,7 @@ from pipeline.writers import FinalizeSettings, finalize_shard
 
 logger = logging.getLogger(__name__)
 
-EXIT_OUT_OF_MEMORY = 71
+EXIT_SHORT = 71
 
 # Tiling fills what the replicas leave of the cores: where they share them, a replica whose threads
 # wait for each other loses more by being interrupted than tiling gains.
@@ -72,10 +72,11 @@ def tile_stage(row: Row, settings: TileSettings, attempts: Attempts) -> Iterator
                 del chunk  # its tiles are not kept while the next ones are cut
                 yield dumped
                 del dumped
-    except MemoryError:
-        logger.exception("group %s: out of memory; this worker starts again", name)
+    except (MemoryError, IsolationError):
+        # Raised here it would end the whole job; Ray repeats the group in another worker.
+        logger.exception("group %s: this worker is short of something, and ends", name)
         logging.shutdown()
-        os._exit(EXIT_OUT_OF_MEMORY)
+        os._exit(EXIT_SHORT)
     attempts.finish(name)
     release_freed_memory()
 

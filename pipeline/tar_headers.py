@@ -83,7 +83,7 @@ class Header(tarfile.TarInfo):
             entry.name = _name(name)
         if size is not None:
             entry.size = _size(size)
-            if entry.isreg():
+            if entry.isreg() or entry.type not in tarfile.SUPPORTED_TYPES:
                 archive.offset = entry.offset_data + self._block(entry.size)  # type: ignore[attr-defined]
         return entry
 

@@ -126,3 +126,15 @@ def test_what_is_carried_counts_for_the_size_of_a_group(
     ]
     groups = read_shard(write_tar(tmp_path / "s.tar", members), carry=("txt",))
     assert [group.samples.num_rows for group in groups] == [2, 2]
+
+
+def test_the_image_itself_may_be_carried_whatever_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(samples, "MAX_CARRIED_BYTES", 5)
+    members = [("0.jpg", b"x" * 10), ("0.txt", b"y" * 5), ("1.jpg", b"x"), ("1.txt", b"y" * 6)]
+    (group,) = read_shard(write_tar(tmp_path / "s.tar", members), carry=("jpg", "txt", "json:a"))
+    assert group.samples.select(["key", "jpg", "txt"]).to_pylist() == [
+        {"key": "0", "jpg": b"x" * 10, "txt": "y" * 5}
+    ]
+    assert group.rejects["error"].to_pylist() == ["oversized"]

@@ -15,8 +15,9 @@ import pytest
 
 from pipeline import isolation
 from pipeline.chunks import Chunk
-from pipeline.isolation import IsolatedDecoder
+from pipeline.isolation import IsolatedDecoder, IsolationError
 from pipeline.pictures import PictureError
+from pipeline.stages import EXIT_SHORT
 from pipeline.tiling import Tiling, cut_tiles, picture_size, plan_tiles
 from tests.builders import REPOSITORY, picture, write_tar
 from tests.data.make_tiling_pictures import FOLDER
@@ -176,6 +177,26 @@ def test_a_hang_in_one_call_ends_the_process(tmp_path: Path) -> None:
     assert run.returncode == 1
     assert "Timeout (0:00:03)!" in run.stderr
     assert "in cut_tiles" in run.stderr
+
+
+def test_a_child_that_does_not_start_blames_no_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(isolation, "CHILD", "no.such.module")
+    decoder = IsolatedDecoder(Tiling("center-crop", 28, 28), 1.0)
+    with pytest.raises(IsolationError, match="does not start: status 1"):
+        decoder.picture_size(IMAGE)
+    ended: list[int] = []
+
+    def end(status: int) -> None:
+        ended.append(status)
+        raise SystemExit
+
+    monkeypatch.setattr(os, "_exit", end)
+    path = write_tar(tmp_path / "s.tar", [("0.jpg", IMAGE)])
+    with pytest.raises(SystemExit):
+        run_stages(path, attempts=CountedAttempts(1))
+    assert ended == [EXIT_SHORT]
 
 
 def test_no_child_is_left(fragile: IsolatedDecoder) -> None:

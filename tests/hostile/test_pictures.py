@@ -29,8 +29,10 @@ def _priority(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "setpriority", lambda *_: None)
 
 
-@pytest.mark.parametrize("mode", ["dynamic", "center-crop"])
-@pytest.mark.parametrize("kind", ODD)
+CROPPED = [(kind, "center-crop") for kind in ODD if kind.startswith(("1x", "65535x", "16-bit"))]
+
+
+@pytest.mark.parametrize(("kind", "mode"), [*((kind, "dynamic") for kind in ODD), *CROPPED])
 def test_an_odd_picture_ends_as_is_said_of_it(kind: str, mode: str, tmp_path: Path) -> None:
     odd, data = ODD[kind], ODD[kind].build()
     path = write_tar(tmp_path / "s.tar", [("0.jpg", data)])
