@@ -1,6 +1,6 @@
 """The long run: mutated pictures and archives through the real stages, in children that may die.
 
-    python -m tests.hostile.fuzz --cases 12000 --archives 2500 --seed 1 --largest
+    python -m tests.hostile.fuzz --cases 12000 --archives 2500 --seed 1
 
 Writes benchmarks/results/<date>-hostile-input-cpu.{json,md}. Ends with 1 if a shard
 did not come to its end at the second attempt, or its accounts did not balance.
@@ -32,7 +32,6 @@ from pipeline.chunks import DirectDecoder
 from pipeline.tiling import TilePlan, Tiling
 from tests.builders import REPOSITORY, write_tar
 from tests.hostile.archives import ARCHIVES, BLOCK, checked
-from tests.hostile.largest import measured
 from tests.hostile.pictures import case
 from tests.hostile.stages import CountedAttempts, balance, run_stages
 
@@ -278,14 +277,12 @@ def main() -> None:
     parser.add_argument("--archives", type=int, default=2_000, help="mutated archives")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result")
-    parser.add_argument("--largest", action="store_true", help="measure the largest pictures, too")
     options = parser.parse_args()
     about = machine()
     began = time.monotonic()
     pictures = run_children("pictures", options.seed, -(-options.cases // SHARD_PICTURES))
     archives = run_children("archives", options.seed, options.archives)
     died = pictures.died + archives.died
-    largest = [measured()] if options.largest else []
     notes = [
         f"seed {options.seed}; {time.monotonic() - began:.0f} s; pictures in shards of "
         f"{SHARD_PICTURES}, half of them with `resize: fast`; archives half with accept_truncated",
@@ -299,7 +296,7 @@ def main() -> None:
             "hostile-input",
             "cpu",
             about,
-            [*tables(pictures, archives), *largest],
+            tables(pictures, archives),
             notes,
             options.results,
         )

@@ -1,4 +1,9 @@
-"""How much memory the largest picture that is accepted takes, in each format and mode."""
+"""How much memory the largest picture that is accepted takes, in each format and mode.
+
+    python -m tests.hostile.largest
+
+Writes benchmarks/results/<date>-largest-pictures-cpu.{json,md}.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.record import Table
+from benchmarks.record import RESULTS, Table, machine, write_result
 from pipeline.pictures import MAX_PIXELS
 from pipeline.tiling import Tiling, cut_tiles, picture_size, plan_tiles
 from tests.builders import REPOSITORY
@@ -120,8 +125,9 @@ def _peak_mib() -> int:
 
 if __name__ == "__main__":
     Image.MAX_IMAGE_PIXELS = None
-    what, which, where = sys.argv[1:]
-    if what == "encode":
-        LARGEST[which](Path(where))
+    if len(sys.argv) == 1:
+        print(write_result("largest-pictures", "cpu", machine(), [measured()], [], RESULTS))
+    elif sys.argv[1] == "encode":
+        LARGEST[sys.argv[2]](Path(sys.argv[3]))
     else:
-        print(json.dumps(tile(what, which, Path(where))))
+        print(json.dumps(tile(sys.argv[1], sys.argv[2], Path(sys.argv[3]))))
