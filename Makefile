@@ -6,7 +6,11 @@ TORCH := torch==2.13.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := model pipeline jobs tests benchmarks
 
+<<<<<<< HEAD
 .PHONY: help demo test test-s3 test-gpu test-pillow audit fmt lint bench bench-gpu full-size clean
+=======
+.PHONY: help demo test test-s3 test-gpu test-pillow fmt lint fuzz bench bench-gpu full-size clean
+>>>>>>> hostile
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -35,6 +39,9 @@ test-s3: $(VENV)/.installed-dev  ## the storage suite against Ceph's S3 server (
 
 test-gpu: $(VENV)/.installed-dev  ## the tests that need a CUDA device
 	$(BIN)/pytest -m gpu tests/gpu
+
+fuzz: $(VENV)/.installed-dev  ## 10 000 mutated pictures and 2 000 archives; FUZZ="--cases N --archives N --seed S"
+	$(BIN)/python -m tests.hostile.fuzz $(FUZZ)
 
 test-pillow: $(VENV)/.installed-dev  ## the golden tiles under the oldest Pillow that is supported
 	$(PYTHON) -m venv $(VENV)-pillow

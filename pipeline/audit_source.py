@@ -29,7 +29,10 @@ def source_problems(
         problems.append(f"source changed: {before.etag} when committed, now {info.etag}")
     wrong: dict[int, str] = {}
     settings = ReadSettings(
-        storage, tuple(dataset.settings["image_key"]), (), commit.truncated_at is not None
+        storage,
+        tuple(dataset.settings["image_key"]),
+        tuple(dataset.settings["carry"]),  # what is carried may be too much, and then is a reject
+        commit.truncated_at is not None,
     )
     for group in read_groups(source, settings):
         for row in group.samples.to_pylist():

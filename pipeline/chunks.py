@@ -8,19 +8,19 @@ picture that fails or runs out of time never moves the pictures behind it into a
 from __future__ import annotations
 
 import hashlib
-import signal
-import threading
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipeline.deadlines import HardLimit, deadline, hard_seconds
+from pipeline.isolation import IsolationError
 from pipeline.records import (
     Head,
     Reject,
@@ -33,7 +33,10 @@ from pipeline.records import (
     to_ipc,
 )
 from pipeline.samples import GroupRow
+from pipeline.tar_headers import shown
 from pipeline.tiling import PictureError, TilePlan, Tiling, cut_tiles, picture_size, plan_tiles
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,40 @@ class Chunk:
         )
 
 
+class Decoder(Protocol):
+    """Where pictures are decoded: in this process, or apart (`pipeline.isolation`)."""
+
+    def picture_size(self, data: bytes) -> tuple[int, int]: ...
+
+    def cut_tiles(self, data: bytes, plan: TilePlan, out: npt.NDArray[np.uint8]) -> None: ...
+
+    def pause(self) -> None:
+        """To be called before anything else may take time."""
+
+
+class DirectDecoder:
+    """Decodes in this process, which ends when one call hangs (`hard_seconds`)."""
+
+    def __init__(self, tiling: Tiling, deadline_seconds: float) -> None:
+        self._tiling = tiling
+        self._deadline_seconds = deadline_seconds
+        self._limit = HardLimit(hard_seconds(deadline_seconds))
+
+    def picture_size(self, data: bytes) -> tuple[int, int]:
+        # No deadline: on a busy machine it would come at one attempt and not at the next, and the
+        # chunks of the two would differ.
+        self._limit.renew()
+        return picture_size(data)
+
+    def cut_tiles(self, data: bytes, plan: TilePlan, out: npt.NDArray[np.uint8]) -> None:
+        self._limit.renew()
+        with deadline(self._deadline_seconds):
+            cut_tiles(data, self._tiling, plan, out)
+
+    def pause(self) -> None:
+        self._limit.cancel()
+
+
 @dataclass(frozen=True)
 class PlannedPicture:
     """A sample whose header could be read, and how it will be cut."""
@@ -81,15 +118,18 @@ class PlannedPicture:
     plan: TilePlan
 
 
-def tile_group(group: GroupRow, settings: TileSettings) -> Iterator[Chunk]:
+def tile_group(
+    group: GroupRow, settings: TileSettings, decoder: Decoder | None = None
+) -> Iterator[Chunk]:
     """Decodes and cuts the pictures of a group. The last chunk carries the shard's end, if any."""
     began = time.perf_counter()
-    planned, rejects = _plan(group, settings.tiling)
+    decoder = decoder or DirectDecoder(settings.tiling, settings.deadline_seconds)
+    planned, rejects = _plan(group, settings.tiling, decoder)
     runs = _runs(planned, settings.chunk_tiles)
 
     def chunk(number: int, run: list[PlannedPicture]) -> Chunk:
         first, last = number == 0, number == len(runs) - 1
-        rows, run_rejects, tiles = _cut(run, settings)
+        rows, run_rejects, tiles = _cut(run, settings, decoder)
         before = [group.rejects, rejects_table(rejects)] if first else []
         seconds = Seconds(
             read=group.head.seconds.read if first else 0.0, tile=time.perf_counter() - began
@@ -104,16 +144,22 @@ def tile_group(group: GroupRow, settings: TileSettings) -> Iterator[Chunk]:
         return Chunk(head, rows, pa.concat_tables([*before, run_rejects]), tiles)
 
     for number, run in enumerate(runs):
-        yield chunk(number, run)
+        done = chunk(number, run)
+        decoder.pause()
+        yield done
+        del done  # not kept while the next one is cut
         began = time.perf_counter()
 
 
-def _plan(group: GroupRow, tiling: Tiling) -> tuple[list[PlannedPicture], list[Reject]]:
+def _plan(
+    group: GroupRow, tiling: Tiling, decoder: Decoder
+) -> tuple[list[PlannedPicture], list[Reject]]:
     planned, rejects = [], []
     for sample in group.samples.to_pylist():
         try:
-            width, height = picture_size(sample["data"])
-            planned.append(PlannedPicture(sample, plan_tiles(width, height, tiling)))
+            with _foreseen(sample):
+                width, height = decoder.picture_size(sample["data"])
+                planned.append(PlannedPicture(sample, plan_tiles(width, height, tiling)))
         except PictureError as error:
             rejects.append(_reject(sample, error))
     return planned, rejects
@@ -133,7 +179,7 @@ def _runs(planned: list[PlannedPicture], chunk_tiles: int) -> list[list[PlannedP
 
 
 def _cut(
-    run: list[PlannedPicture], settings: TileSettings
+    run: list[PlannedPicture], settings: TileSettings, decoder: Decoder
 ) -> tuple[pa.Table, pa.Table, npt.NDArray[np.uint8]]:
     side = settings.tiling.tile_size
     total = sum(picture.plan.tile_count for picture in run)
@@ -143,17 +189,34 @@ def _cut(
     filled = 0
     for picture in run:
         sample, plan = picture.sample, picture.plan
+        out = tiles[filled : filled + plan.tile_count]
         try:
-            with deadline(settings.deadline_seconds):
-                out = tiles[filled : filled + plan.tile_count]
-                cut_tiles(sample["data"], settings.tiling, plan, out)
+            with _foreseen(sample):
+                decoder.cut_tiles(sample["data"], plan, out)
+                picture_rows = _tile_rows(sample, plan, settings.carry)
         except PictureError as error:
             rejects.append(_reject(sample, error))
             continue
         filled += plan.tile_count
-        rows += _tile_rows(sample, plan, settings.carry)
+        rows += picture_rows
     table = pa.Table.from_pylist(rows, tile_schema(settings.carry))
     return table, rejects_table(rejects), tiles[:filled]
+
+
+@contextmanager
+def _foreseen(sample: dict[str, Any]) -> Iterator[None]:
+    """What nobody has thought of costs the picture, not the job.
+
+    That memory is short, or that no process starts, says nothing about the picture.
+    """
+    try:
+        yield
+    except (PictureError, MemoryError, IsolationError):
+        raise
+    except Exception as error:
+        logger.exception("sample %s: unforeseen in tiling", shown(sample["key"]))
+        message = f"{type(error).__name__}: {error}"[:200]
+        raise PictureError("tile", "unforeseen", message) from error
 
 
 def _tile_rows(
@@ -189,25 +252,3 @@ def _reject(sample: dict[str, Any], error: PictureError) -> Reject:
         error.code,
         error.message,
     )
-
-
-@contextmanager
-def deadline(seconds: float) -> Iterator[None]:
-    """Ends a picture that takes too long, between two Python instructions.
-
-    Raises:
-        PictureError: code `deadline`.
-    """
-    # Signals reach the main thread only; Ray runs tasks there.
-    assert threading.current_thread() is threading.main_thread()
-
-    def expire(signum: int, frame: FrameType | None) -> None:
-        raise PictureError("decode", "deadline", f"took longer than {seconds:g} s")
-
-    before = signal.signal(signal.SIGALRM, expire)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)

@@ -27,6 +27,7 @@ from ray.data._internal.execution.backpressure_policy import (
 from ray.exceptions import RayError
 
 from model.errors import UserError
+from pipeline.attempts import ActorAttempts
 from pipeline.chunks import TileSettings
 from pipeline.commits import Commit, Failure
 from pipeline.interruption import FlowStopped, Interruption
@@ -253,6 +254,9 @@ def build_dataset(shards: Sequence[Shard], settings: FlowSettings) -> Dataset:
     resources: dict[str, float] = (
         {"num_gpus": settings.replica.tensor_parallel} if on_gpu else {"num_cpus": CPU_REPLICA_CPUS}
     )
+    # Made anew where its node dies; what it knew is worth little by then.
+    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Deaths)
+    deaths = actor.remote()
     return (
         ray.data.from_arrow(feed_blocks(shards))
         .map_batches(
@@ -271,7 +275,7 @@ def build_dataset(shards: Sequence[Shard], settings: FlowSettings) -> Dataset:
         .map_batches(
             tile_stage,
             batch_size=1,
-            fn_kwargs={"settings": settings.tile},
+            fn_kwargs={"settings": settings.tile, "attempts": ActorAttempts(deaths)},
             num_cpus=TILE_CPUS,
             compute=TaskPoolStrategy(size=settings.num_tile_tasks),
             runtime_env=TILE_WORKERS,
@@ -279,7 +283,7 @@ def build_dataset(shards: Sequence[Shard], settings: FlowSettings) -> Dataset:
         .map_batches(
             Replica,
             batch_size=1,
-            fn_constructor_args=(settings.replica, ray.remote(num_cpus=0)(Deaths).remote()),
+            fn_constructor_args=(settings.replica, deaths),
             compute=ActorPoolStrategy(min_size=smallest, max_size=largest),
             **resources,
         )

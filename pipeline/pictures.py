@@ -28,6 +28,18 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "PPM")
 # Above this Pillow itself refuses to open a picture: 2 × `Image.MAX_IMAGE_PIXELS`. It stands here
 # as a number so that what is accepted does not depend on a setting some other library changed.
 MAX_PIXELS = 2 * 89_478_485
+# Pillow's decoders and its `resize` raise MemoryError from a side of some 2**26 pixels on, where an
+# int cannot count bits or coefficients any more; these take 32 bytes for each pixel of the side.
+MAX_SIDE = 1 << 24
+STRIP_ROWS = 1024
+
+# Some headers may go on as long as the file: a comment of a PPM is read byte by byte, a PNG's
+# chunks are kept, a JPEG's EXIF segments are joined one to all before it. Counts end them at the
+# same place every time, as a clock would not. Each is many times what all metadata take, and two
+# seconds at the most.
+MAX_HEADER_READS = 1_000_000
+MAX_HEADER_BYTES = 32 << 20  # in reads no longer than a JPEG's segment
+SEGMENT_BYTES = 65_535
 
 
 class PictureError(Exception):
@@ -58,6 +70,24 @@ def picture_size(data: bytes) -> tuple[int, int]:
         return picture.size
 
 
+class _Source(io.BytesIO):
+    """What Pillow reads from; as long as it reads the header, with limits."""
+
+    in_header = True
+    reads_left = MAX_HEADER_READS
+    bytes_left = MAX_HEADER_BYTES
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = super().read(size)
+        if self.in_header:
+            self.reads_left -= 1
+            if len(data) <= SEGMENT_BYTES:
+                self.bytes_left -= len(data)
+            if self.reads_left < 0 or self.bytes_left < 0:
+                raise PictureError("decode", "decode-error", "its header does not come to an end")
+        return data
+
+
 @contextmanager
 def open_picture(data: bytes) -> "Iterator[Image.Image]":
     """The picture with its header read and its pixels not yet decoded.
@@ -69,10 +99,15 @@ def open_picture(data: bytes) -> "Iterator[Image.Image]":
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            source = _Source(data)
+            with Image.open(source, formats=FORMATS) as picture:
+                source.in_header = False
                 width, height = picture.size
                 if width * height > MAX_PIXELS:
                     raise Image.DecompressionBombError(f"{width}x{height} pixels")
+                if max(width, height) > MAX_SIDE:
+                    message = f"{width}x{height} pixels, a side of more than {MAX_SIDE}"
+                    raise PictureError("decode", "decompression-bomb", message)
                 yield picture
     except (MemoryError, PictureError):
         raise
@@ -93,7 +128,9 @@ def open_picture(data: bytes) -> "Iterator[Image.Image]":
 def decode_exact(data: bytes) -> Image.Image:
     """The picture in mode RGB, decoded by Pillow. Raises PictureError."""
     with open_picture(data) as picture:
-        return picture.convert("RGB")
+        picture.load()
+        # `convert` would copy what is RGB already: 683 MiB of the largest picture
+        return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def decode_fast(data: bytes) -> "NDArray[np.uint8]":
@@ -114,7 +151,17 @@ def decode_fast(data: bytes) -> "NDArray[np.uint8]":
                 return pixels
             except ValueError:
                 pass  # decoded below, or rejected there
-        return np.array(picture.convert("RGB"))  # a copy torch may share: asarray is read-only
+    del picture  # with a WebP's decoder, which keeps two frames
+    return _array(decode_exact(data))
+
+
+def _array(picture: Image.Image) -> "NDArray[np.uint8]":
+    """A copy that torch may share, made strip by strip: at once it would take two copies more."""
+    pixels = np.empty((picture.height, picture.width, 3), np.uint8)
+    for top in range(0, picture.height, STRIP_ROWS):
+        bottom = min(top + STRIP_ROWS, picture.height)
+        pixels[top:bottom] = np.asarray(picture.crop((0, top, picture.width, bottom)))
+    return pixels
 
 
 def _decode_error(error: Exception) -> PictureError:

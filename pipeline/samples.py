@@ -32,13 +32,19 @@ from pipeline.records import (
     to_ipc,
 )
 from pipeline.storage import Storage, StorageError
-from pipeline.tar_stream import BrokenShardError, Member, read_members
+from pipeline.tar_headers import shown
+from pipeline.tar_stream import MAX_MEMBER_BYTES, BrokenShardError, Member, read_members
 
 logger = logging.getLogger(__name__)
 
 KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)$")
 GROUP_SAMPLES = 128
 GROUP_BYTES = 32 << 20
+MAX_SAMPLE_MEMBERS = 1000  # more are hardly a sample; each is remembered until the key changes
+# Every tile of a picture repeats what its sample carries, and a JSON member takes thirty times its
+# bytes while it is parsed.
+MAX_CARRIED_BYTES = 4 << 20
+MAX_SAMPLE_BYTES = MAX_MEMBER_BYTES + MAX_CARRIED_BYTES
 
 
 @dataclass(frozen=True)
@@ -53,13 +59,29 @@ class ReadSettings:
 
 @dataclass
 class Sample:
-    """The members of one key, as far as they are needed."""
+    """The members of one key, as far as they are needed. `num_bytes` counts the data held."""
 
     key: str
     index: int
     members: dict[str, Member] = field(default_factory=dict)
     duplicate: str | None = None
     cut: bool = False
+    crowded: bool = False
+    num_bytes: int = 0
+
+    def add(self, extension: str, member: Member, wanted: bool) -> None:
+        """Takes a member in; its data only where they are wanted and may be held."""
+        if extension in self.members:
+            self.duplicate = member.name
+            self.num_bytes -= len(self.members[extension].data or b"")
+        elif len(self.members) == MAX_SAMPLE_MEMBERS:
+            self.crowded = True
+            return
+        data = member.data if wanted else None
+        if data is not None and self.num_bytes + len(data) > MAX_SAMPLE_BYTES:
+            data = None
+        self.members[extension] = Member(member.name, member.size, data)
+        self.num_bytes += len(data or b"")
 
 
 @dataclass
@@ -123,10 +145,7 @@ def read_samples(members: Iterator[Member], wanted: frozenset[str]) -> Iterator[
                 if sample is not None:
                     yield sample
                 sample = Sample(key, 0 if sample is None else sample.index + 1)
-            if extension in sample.members:
-                sample.duplicate = member.name
-            data = member.data if extension in wanted else None
-            sample.members[extension] = Member(member.name, member.size, data)
+            sample.add(extension, member, extension in wanted)
     except BrokenShardError as error:
         named = None if error.member is None else split_name(error.member)
         if named is not None and (sample is None or sample.key != named[0]):
@@ -181,6 +200,10 @@ def read_groups(shard: Shard, settings: ReadSettings) -> Iterator[GroupRow]:
             failure = str(error)
     except (OSError, StorageError) as error:
         failure = f"{type(error).__name__}: {error}"
+    except Exception as error:
+        # Raised here it would end the whole job, for one shard that nobody has thought of.
+        logger.exception("shard %s: unforeseen in reading", shard.name)
+        failure = f"unforeseen in reading: {type(error).__name__}: {error}"
     if failure is not None:
         group = Group(group.number)
     yield row(ShardEnd(count, size, etag, truncated_at, failure))
@@ -189,32 +212,47 @@ def read_groups(shard: Shard, settings: ReadSettings) -> Iterator[GroupRow]:
 def _add(group: Group, sample: Sample, settings: ReadSettings) -> None:
     extension = next((key for key in settings.image_key if key in sample.members), None)
     image = sample.members[extension] if extension is not None else None
-
-    def reject(error: str, message: str) -> None:
+    reason = _unusable(sample, image, settings)
+    if reason is not None:
         member = image.name if image is not None else ""
-        group.rejects.append(Reject(sample.key, sample.index, member, "read", error, message))
+        group.rejects.append(Reject(sample.key, sample.index, member, "read", *reason))
+        return
+    assert image is not None
+    assert image.data is not None
+    carried = {name: _carried(name, sample) for name in settings.carry}
+    group.rows.append(
+        {
+            "key": sample.key,
+            "sample_index": sample.index,
+            "member": image.name,
+            "data": image.data,
+            **carried,
+        }
+    )
+    group.num_bytes += len(image.data) + sum(len(value or "") for value in carried.values())
 
+
+def _unusable(
+    sample: Sample, image: Member | None, settings: ReadSettings
+) -> tuple[str, str] | None:
+    """Code and message of the reject that a sample becomes by its members alone, if it does."""
     if sample.cut:
-        reject("truncated", "the archive is cut in or behind this sample")
-    elif sample.duplicate is not None:
-        reject("duplicate-member", f"{sample.duplicate} stands twice in the sample")
-    elif image is None:
-        found = ", ".join(sorted(sample.members))
-        reject("no-image", f"no member of {', '.join(settings.image_key)}; it has {found}")
-    elif image.data is None:
-        reject("oversized", f"the image member has {image.size} bytes")
-    else:
-        carried = {name: _carried(name, sample) for name in settings.carry}
-        group.rows.append(
-            {
-                "key": sample.key,
-                "sample_index": sample.index,
-                "member": image.name,
-                "data": image.data,
-                **carried,
-            }
-        )
-        group.num_bytes += len(image.data)
+        return "truncated", "the archive is cut in or behind this sample"
+    if sample.duplicate is not None:
+        return "duplicate-member", f"{shown(sample.duplicate)} stands twice in the sample"
+    if sample.crowded:
+        return "too-many-members", f"the sample has more than {MAX_SAMPLE_MEMBERS} members"
+    if image is None:
+        found = shown(", ".join(sorted(sample.members)))
+        return "no-image", f"no member of {', '.join(settings.image_key)}; it has {found}"
+    if image.data is None:
+        return "oversized", f"the image member has {image.size} bytes"
+    carried = {name.partition(":")[0] for name in settings.carry}
+    others = [m for key, m in sample.members.items() if key in carried and m is not image]
+    carried_bytes = sum(member.size for member in others)
+    if carried_bytes > MAX_CARRIED_BYTES:
+        return "oversized", f"the members to be carried have {carried_bytes} bytes"
+    return None
 
 
 def _carried(name: str, sample: Sample) -> str | bytes | None:
@@ -233,7 +271,9 @@ def _carried(name: str, sample: Sample) -> str | bytes | None:
 def _json_field(data: bytes, name: str) -> str | None:
     try:
         fields = json.loads(data)
-    except ValueError:
+        value = fields.get(name) if isinstance(fields, dict) else None
+        text = value if value is None or isinstance(value, str) else json.dumps(value)
+    except (ValueError, RecursionError):  # no JSON, or nested deeper than Python reads it
         return None
-    value = fields.get(name) if isinstance(fields, dict) else None
-    return value if value is None or isinstance(value, str) else json.dumps(value)
+    # JSON can spell half a surrogate pair ("\ud800"), which no UTF-8 can hold
+    return None if text is None else text.encode("utf-8", "replace").decode()

@@ -7,24 +7,41 @@ belongs in a process that reads, tiles or writes.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.chunks import TileSettings, tile_group
+from pipeline.chunks import Decoder, DirectDecoder, TileSettings, tile_group
 from pipeline.commits import commit_url
 from pipeline.embedding import Embedded, write_part
+from pipeline.isolation import IsolatedDecoder, IsolationError
 from pipeline.ledger import CompleteShard
 from pipeline.records import Row, Shard, one_row
 from pipeline.samples import GroupRow, ReadSettings, read_groups
 from pipeline.writers import FinalizeSettings, finalize_shard
 
+logger = logging.getLogger(__name__)
+
+EXIT_SHORT = 71
+
 # Tiling fills what the replicas leave of the cores: where they share them, a replica whose threads
 # wait for each other loses more by being interrupted than tiling gains.
 TILE_NICENESS = 19
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+
+
+class Attempts(Protocol):
+    """Which groups were begun and not finished, beyond the life of a worker."""
+
+    def begin(self, name: str) -> int:
+        """Counts an attempt; gives the number of earlier ones that did not come to an end."""
+
+    def finish(self, name: str) -> None: ...
 
 
 def feed_stage(block: Row) -> Iterator[Row]:
@@ -44,16 +61,49 @@ def read_stage(row: Row, settings: ReadSettings) -> Iterator[Row]:
         release_freed_memory()
 
 
-def tile_stage(row: Row, settings: TileSettings) -> Iterator[Row]:
-    """One group → its chunks."""
+def tile_stage(row: Row, settings: TileSettings, attempts: Attempts) -> Iterator[Row]:
+    """One group → its chunks.
+
+    A worker that died over this group, from within or from outside, has left its mark in
+    `attempts`: then the pictures are decoded in a process of their own.
+    """
     keep_freed_memory()
     os.setpriority(os.PRIO_PROCESS, 0, TILE_NICENESS)  # these processes tile and do nothing else
-    for chunk in tile_group(GroupRow.load(row), settings):
-        dumped = chunk.dump()
-        del chunk  # its tiles are not kept while the next ones are cut
-        yield dumped
-        del dumped
+    group = GroupRow.load(row)
+    name = f"{group.head.shard} {group.head.group:06d}"
+    deaths = attempts.begin(name)
+    try:
+        with _decoder(name, deaths, settings) as decoder:
+            for chunk in tile_group(group, settings, decoder):
+                dumped = chunk.dump()
+                del chunk  # its tiles are not kept while the next ones are cut
+                yield dumped
+                del dumped
+    except (MemoryError, IsolationError):
+        # Raised here it would end the whole job; Ray repeats the group in another worker.
+        logger.exception("group %s: this worker is short of something, and ends", name)
+        logging.shutdown()
+        os._exit(EXIT_SHORT)
+    attempts.finish(name)
     release_freed_memory()
+
+
+@contextmanager
+def _decoder(name: str, deaths: int, settings: TileSettings) -> Iterator[Decoder]:
+    how = (settings.tiling, settings.deadline_seconds)
+    if deaths == 0:
+        direct = DirectDecoder(*how)
+        try:
+            yield direct
+        finally:
+            direct.pause()
+        return
+    logger.warning("group %s: workers died over it, %d so far; decoded apart", name, deaths)
+    isolated = IsolatedDecoder(*how)
+    try:
+        yield isolated
+    finally:
+        isolated.close()
 
 
 def write_stage(row: Row, settings: FinalizeSettings) -> Row:

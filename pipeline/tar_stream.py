@@ -17,12 +17,19 @@ from dataclasses import dataclass
 from pipeline.local_files import BLOCK_BYTES
 from pipeline.printable import printable
 from pipeline.storage import FileInfo, Storage, redact
+from pipeline.tar_headers import Archive, RefusedHeaderError, shown
 
 TAR_BLOCK = 512
-MAX_MEMBER_BYTES = 256 << 20  # no picture is larger; the bound keeps a worker's memory flat
+MAX_MEMBER_BYTES = 256 << 20  # with the copies on its way, 1.3 GiB in a reading task
 
 # webdataset's rule for members that are not samples: `__name__` at the top, `__folder__/…`.
 META_MEMBER = re.compile(r"__[^/]*__($|/)")
+COMPRESSED = (
+    (b"\x1f\x8b", "gzip"),
+    (b"BZh", "bzip2"),
+    (b"\xfd7zXZ\0", "xz"),
+    (b"\x28\xb5\x2f\xfd", "zstd"),
+)
 
 
 class BrokenShardError(Exception):
@@ -135,34 +142,42 @@ def read_members(url: str, storage: Storage, info: FileInfo) -> Iterator[Member]
 
 
 def _members(url: str, source: ForwardReader) -> Iterator[Member]:
-    try:
-        archive = tarfile.TarFile(fileobj=source)
-    except tarfile.ReadError as error:
-        raise BrokenShardError(url, 0, f"not a tar archive ({error})") from error
+    archive: Archive | None = None
     while True:
-        offset = archive.offset
+        offset = 0 if archive is None else archive.offset
         try:
+            if archive is None:
+                archive = Archive(source)
             entry = archive.next()
         except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
-            cut = source.tell() >= source.num_bytes
-            reason = f"cut inside a member ({error})" if cut else f"bad member header ({error})"
-            where = min(offset, source.num_bytes)  # the next header may be due behind the end
-            raise BrokenShardError(url, where, reason, cut) from error
+            raise _broken(url, source, offset, error) from error
         if entry is None:
             return
-        archive.members = []  # type: ignore[attr-defined] # tarfile keeps every member for ever
         if not entry.isreg() or META_MEMBER.match(entry.name):
             continue
-        if entry.sparse is not None:
-            raise BrokenShardError(url, entry.offset, f"sparse member {_clean(entry.name)}")
+        name = _clean(entry.name)
         if entry.offset_data + entry.size > source.num_bytes:
-            name = _clean(entry.name)
-            raise BrokenShardError(url, source.num_bytes, f"cut inside {name}", True, name)
+            reason = f"cut inside {shown(name)}"
+            raise BrokenShardError(url, source.num_bytes, reason, True, name)
         if entry.size > MAX_MEMBER_BYTES:
-            yield Member(_clean(entry.name), entry.size, None)
+            yield Member(name, entry.size, None)
             continue
         source.seek(entry.offset_data)
-        yield Member(_clean(entry.name), entry.size, source.read(entry.size))
+        yield Member(name, entry.size, source.read(entry.size))
+
+
+def _broken(url: str, source: ForwardReader, offset: int, error: Exception) -> BrokenShardError:
+    """What to say of a header that could not be read; the next was due at `offset`."""
+    if isinstance(error, RefusedHeaderError):
+        return BrokenShardError(url, offset, str(error))
+    if offset == 0:
+        kind = next((kind for magic, kind in COMPRESSED if source.last_read.startswith(magic)), "")
+        hint = f"compressed with {kind}; unpack it first" if kind else str(error)
+        return BrokenShardError(url, 0, f"not a tar archive ({hint})")
+    cut = source.tell() >= source.num_bytes
+    reason = f"cut inside a member ({error})" if cut else f"bad member header ({error})"
+    # the next header may be due behind the end
+    return BrokenShardError(url, min(offset, source.num_bytes), reason, cut)
 
 
 def _clean(name: str) -> str:

@@ -139,15 +139,15 @@ def cut_tiles(data: bytes, tiling: Tiling, plan: TilePlan, out: "NDArray[np.uint
         )
 
     width, height = _resized_size(plan.width, plan.height, plan.cols, plan.rows, tiling)
-    pixels = _resize(picture, width, height)  # [H, W, 3]
     left, top = (width - plan.cols * side) // 2, (height - plan.rows * side) // 2
-    pixels = pixels[top : top + plan.rows * side, left : left + plan.cols * side]
+    box = (left, top, left + plan.cols * side, top + plan.rows * side)
+    pixels = _resize(picture, width, height, box)  # [rows · S, cols · S, 3]
     grid = pixels.reshape(plan.rows, side, plan.cols, side, 3).transpose(0, 2, 1, 3, 4)
     num_grid = plan.rows * plan.cols
     # one strided copy for the whole grid; splitting the first axis of `out` is always a view
     out[:num_grid].reshape(plan.rows, plan.cols, side, side, 3)[...] = grid
     if plan.has_thumbnail:
-        out[num_grid] = _resize(picture, side, side)
+        out[num_grid] = _resize(picture, side, side, (0, 0, side, side))
 
 
 def _closest_grid(width: int, height: int, tiling: Tiling) -> tuple[int, int]:
@@ -190,16 +190,24 @@ def _resized_size(width: int, height: int, cols: int, rows: int, tiling: Tiling)
 
 
 def _resize(
-    picture: "Image.Image | NDArray[np.uint8]", width: int, height: int
+    picture: "Image.Image | NDArray[np.uint8]",
+    width: int,
+    height: int,
+    box: tuple[int, int, int, int],
 ) -> "NDArray[np.uint8]":
-    """The picture as uint8 [height, width, 3]."""
+    """What lies in `box` (left, top, right, bottom) of the picture resized to width × height.
+
+    uint8 [bottom - top, right - left, 3].
+    """
     if isinstance(picture, Image.Image):
         # Two passes, width first: what Pillow up to 12 does in one call, and the checkpoints were
         # trained with. Pillow 13 takes the height first where that is less work, up to 13 of 255
         # away; one pass a call gives the same bytes with both.
         bicubic = Image.Resampling.BICUBIC
         wide = picture.resize((width, picture.height), bicubic)
-        return np.asarray(wide.resize((width, height), bicubic))
+        whole = wide.resize((width, height), bicubic)
+        # A long picture's crop is cut out before numpy copies it: a GiB less.
+        return np.asarray(whole if box == (0, 0, width, height) else whole.crop(box))
 
     import torch
 
@@ -208,5 +216,6 @@ def _resize(
     resized = torch.nn.functional.interpolate(
         pixels, size=(height, width), mode="bicubic", antialias=True
     )
+    left, top, right, bottom = box
     array: NDArray[np.uint8] = resized.permute(0, 2, 3, 1)[0].numpy()
-    return array
+    return array[top:bottom, left:right]

@@ -13,7 +13,7 @@ FORBIDDEN = {
     "pipeline": {"jobs"},
     "jobs": {"tests", "benchmarks"},
 }
-RAY_IN_PIPELINE = {"dataflow.py", "interruption.py", "long_runs.py", "replica.py"}
+RAY_IN_PIPELINE = {"attempts.py", "dataflow.py", "interruption.py", "long_runs.py", "replica.py"}
 
 
 def imported(path: Path) -> set[str]:

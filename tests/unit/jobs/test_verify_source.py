@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from tests.builders import samples, tar_bytes
+from tests.builders import picture, sample, samples, tar_bytes, write_checkpoint, write_tar
 from tests.outputs import (
     MEMBERS,
     check,
+    extract_plainly,
 )
 
 
@@ -88,3 +89,16 @@ def test_input_and_output_must_have_the_same_shards(copy: Path) -> None:
         "shard c: in INPUT, not committed",
         "shard a/b: committed, not in INPUT",
     )
+
+
+def test_a_sample_that_carries_too_much_is_rejected_at_the_second_reading_too(
+    tmp_path: Path,
+) -> None:
+    members = [*samples(2), *sample("big", picture(50, 50), "x" * (5 << 20))]
+    write_tar(tmp_path / "in/s.tar", members)
+    checkpoint = write_checkpoint(tmp_path / "model")
+    (commit,) = extract_plainly(
+        [tmp_path / "in"], tmp_path / "out", checkpoint, carry=("txt",), max_reject_rate=1.0
+    )
+    assert (commit.samples, commit.rejects) == (3, 1)
+    assert source_check(tmp_path) == ()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.pictures import FORMATS, MAX_PIXELS, decode_exact, decode_fast
+from pipeline.pictures import FORMATS, MAX_PIXELS, MAX_SIDE, decode_exact, decode_fast
 from pipeline.tiling import PictureError, Tiling, cut_tiles, picture_size, plan_tiles
 from tests.data.make_tiling_pictures import FOLDER, encode, scene
 
@@ -76,12 +76,14 @@ def test_zero_size() -> None:
 
 
 def test_decompression_bomb_from_the_header_alone() -> None:
-    assert MAX_PIXELS == 2 * 89_478_485 == 178_956_970  # 10 · 17 895 697
-    assert picture_size(png_header(10, 17_895_697)) == (10, 17_895_697)
-    assert reject(png_header(10, 17_895_698)) == ("decode", "decompression-bomb")
+    assert MAX_PIXELS == 2 * 89_478_485 == 178_956_970  # 11 · 16 268 815 and 5
+    assert picture_size(png_header(11, 16_268_815)) == (11, 16_268_815)
+    assert reject(png_header(11, 16_268_816)) == ("decode", "decompression-bomb")
+    assert picture_size(png_header(1, MAX_SIDE)) == (1, MAX_SIDE)
+    assert reject(png_header(1, MAX_SIDE + 1)) == ("decode", "decompression-bomb")
     # also where Pillow's own limit has been taken away
     with mock.patch.object(Image, "MAX_IMAGE_PIXELS", None):
-        assert reject(png_header(10, 17_895_698)) == ("decode", "decompression-bomb")
+        assert reject(png_header(11, 16_268_816)) == ("decode", "decompression-bomb")
 
 
 @pytest.mark.parametrize("resize", MODES)
