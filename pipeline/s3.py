@@ -151,7 +151,9 @@ class Download:
     async def _receive(self, came: list[bytes]) -> None:
         first = self._start + len(self._came)
         request: dict[str, Any] = dict(self._named)
-        if self._end is not None:
+        if self._end is None:
+            request["ChecksumMode"] = "ENABLED"
+        else:
             request["Range"] = f"bytes={first}-{self._end - 1}"
         if self._etag is not None:
             request["IfMatch"] = f'"{self._etag}"'

@@ -62,6 +62,8 @@ S3_DEFAULTS: dict[str, Any] = {
         "connect_timeout": 5,
         "max_pool_connections": 32,
         "retries": {"mode": "standard", "total_max_attempts": 1},
+        # Some stores send the whole object's checksum along with a range of it.
+        "response_checksum_validation": "when_required",
     },
 }
 S3_TRIES = 1

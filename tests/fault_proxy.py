@@ -47,6 +47,7 @@ FAULTS = (*ERRORS, *BEFORE_THE_STORE, *ON_THE_ANSWER)
 # What a job should live through without a trace, where the store's answers carry checksums.
 TRANSIENT = ("500", "503", *BEFORE_THE_STORE, "reset-mid", "fin-mid", "stall-mid", "slow")
 SLOW_PIECE_BYTES = 4096
+BREAK_SECONDS = 0.05  # between the last bytes and the break, so that they are not lost with it
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Rule:
         nth: which of the matching requests, counted from 1; None: any.
         probability: of each of those.
         times: at most this often; None: no limit.
+        at: which byte of the body is flipped; None: the middle one.
     """
 
     fault: str
@@ -71,6 +73,7 @@ class Rule:
     times: int | None = None
     bytes_per_second: int = 100_000
     hidden: str = "*"
+    at: int | None = None
 
     def __post_init__(self) -> None:
         assert self.fault in FAULTS, self.fault
@@ -78,12 +81,16 @@ class Rule:
 
 @dataclass(frozen=True)
 class Request:
-    """What came. `fault`: what was done to it; `status`: what the store said (0: not asked)."""
+    """What came, and whose key signed it.
+
+    `fault`: what was done to it; `status`: what the store said (0: it was not asked).
+    """
 
     operation: str
     key: str
     range: str | None
     query: str
+    access_key: str | None
     fault: str | None
     status: int
 
@@ -169,6 +176,14 @@ class FaultProxy:
         self._server.shutdown()
         self._server.server_close()
 
+    def restart(self) -> None:
+        """Forgets what came, and all rules."""
+        self.rules = ()
+        with self._lock:
+            self.requests.clear()
+            self.counts.clear()
+            self._listings.clear()
+
     def seen(self, operation: str = "*", key: str = "*") -> list[Request]:
         """The requests that came, in the order of their answers."""
         with self._lock:
@@ -203,13 +218,16 @@ class FaultProxy:
         if operation == "GET" and ("list-type" in query or "versions" in query):
             operation, key = "LIST", f"{key}/{query.get('prefix', [''])[0]}"
         span = client.headers.get("Range")
+        signed = re.search(r"Credential=([^/]+)/", client.headers.get("Authorization", ""))
+        signer = signed[1] if signed else None
         identity = f"{client.command} {client.path} {span}"
         rule = self._choose(operation, key, identity)
         fault = rule.fault if rule is not None else None
 
         def book(status: int) -> None:
+            request = Request(operation, key, span, url.query, signer, fault, status)
             with self._lock:
-                self.requests.append(Request(operation, key, span, url.query, fault, status))
+                self.requests.append(request)
                 if fault is not None:
                     self.counts[fault] += 1
 
@@ -223,8 +241,8 @@ class FaultProxy:
                 self._ended.wait()
             _reset(client)
             return
-        if fault == "flip-upload":
-            body = _flipped(body)
+        if rule is not None and fault == "flip-upload":
+            body = _flipped(body, rule.at)
         answer = self._forward(client, body)
         book(answer.status)
         if operation == "LIST":
@@ -258,16 +276,18 @@ class FaultProxy:
         half = len(body) // 2
         match rule.fault:
             case "flip-answer":
-                _send(client, Answer(answer.status, answer.headers, _flipped(body)))
+                _send(client, Answer(answer.status, answer.headers, _flipped(body, rule.at)))
             case "hide":
                 _send(client, _hidden(answer, rule.hidden))
             case "lost-ack":
                 _reset(client)
             case "reset-mid":
                 _send(client, answer, body[:half])
+                self._ended.wait(BREAK_SECONDS)
                 _reset(client)
             case "fin-mid":
                 _send(client, answer, body[:half])
+                self._ended.wait(BREAK_SECONDS)
                 client.close_connection = True
             case "stall-mid":
                 _send(client, answer, body[:half])
@@ -317,11 +337,11 @@ def _error(fault: str) -> Answer:
     return Answer(status, (("Content-Type", "application/xml"),), text.encode())
 
 
-def _flipped(body: bytes) -> bytes:
-    """One bit of the middle byte is another."""
+def _flipped(body: bytes, at: int | None) -> bytes:
+    """The lowest bit of one byte is another."""
     changed = bytearray(body)
     if changed:
-        changed[len(changed) // 2] ^= 0x10
+        changed[len(changed) // 2 if at is None else at] ^= 1
     return bytes(changed)
 
 
