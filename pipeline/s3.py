@@ -58,7 +58,7 @@ class RangeIgnoredError(OSError):
 
 
 def is_s3(fs: fsspec.AbstractFileSystem) -> bool:
-    return "s3" in fs.protocol
+    return "s3" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
 
 
 def error_code(error: BaseException) -> str | None:
