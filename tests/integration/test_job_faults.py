@@ -21,8 +21,9 @@ TRANSIENT = [
     *(Rule(fault, "GET", "*/in/00000.tar", nth=[1]) for fault in ("reset-mid", "stall-mid")),
     *(Rule(fault, "GET", "*/in/00001.tar", nth=[1]) for fault in ("503", "fin-mid")),
     *(Rule(fault, "GET", "*/in/00002.tar", nth=[1]) for fault in ("stall-before", "500")),
-    *(Rule(fault, "GET", "*/in/00003.tar", nth=[1]) for fault in ("slow", "longer-length")),
-    *(Rule(fault, "GET", "*.arrow", nth=[1]) for fault in ("flip-answer", "shorter-length")),
+    Rule("slow", "GET", "*/in/00003.tar", nth=[1]),
+    Rule("flip-answer", "GET", "*.arrow", nth=[1]),
+    *(Rule(fault, "GET", "*.arrow", nth=[2]) for fault in ("shorter-length", "longer-length")),
     *(Rule(fault, "LIST", nth=[1]) for fault in ("503", "reset-before")),
     # writing
     *(Rule(fault, "PUT", "*/embeddings/00000*", nth=[1]) for fault in ("503", "lost-ack")),
