@@ -177,13 +177,13 @@ class Download:
         return len(self._came) == self._length()
 
     def _checked(self) -> bytes:
-        data = bytes(self._came)
-        checksum = self._checksum
+        """The whole; a further attempt, for whom it will not do, asks for all of it again."""
+        data, checksum = bytes(self._came), self._checksum
+        self._begin_again()
         if checksum is not None and checksum.parts is None:
             digest = start(checksum)
             digest.update(data)
             if (found := digest.hexdigest()) != checksum.expected:
-                self._begin_again()
                 raise DamagedObjectError(
                     f"what came has {checksum.algorithm} {found}, the store has {checksum.expected}"
                 )

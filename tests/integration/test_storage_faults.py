@@ -9,6 +9,7 @@ import random
 import secrets
 import tarfile
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -198,6 +199,16 @@ class TestWhatCameIsChecked:
         proxy.rules = [Rule("flip-answer", "GET")]
         with pytest.raises(OSError, match=rf"cannot read .*DamagedObject.*\({ATTEMPTS} attempts\)"):
             storage.read(f"s3://{bucket}/k")
+
+    def test_other_bytes_than_the_writer_says_are_asked_for_again(
+        self, storage: Storage, bucket: str, proxy: FaultProxy
+    ) -> None:
+        """Whatever the store says of them."""
+        assert storage.read(f"s3://{bucket}/k", zlib.crc32(DATA)) == DATA
+        proxy.restart()
+        with pytest.raises(OSError, match=rf"its crc32 is not 00000001 \({ATTEMPTS} attempts\)"):
+            storage.read(f"s3://{bucket}/k", 1)
+        assert starts(proxy, f"{bucket}/k") == [0] * ATTEMPTS
 
     def test_a_flipped_byte_of_a_shard_fails_the_shard(
         self,
