@@ -24,8 +24,8 @@ from pydantic import (
 from jobs.secrets import warn_of_command_line, warn_of_readable_file
 from jobs.yaml_file import read_yaml
 from model.errors import UserError
+from pipeline.faults import QUOTED_URL, redact
 from pipeline.records import TILE_FIELDS
-from pipeline.storage import QUOTED_URL, redact
 from pipeline.tiling import Tiling
 
 M = TypeVar("M", bound=BaseModel)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -128,6 +129,7 @@ def write_part(embedded: Embedded, settings: PartSettings) -> Part:
         rejects=dict(Counter(f"{stage}/{error}" for stage, error in codes)),
         num_bytes=len(data),
         failure=failure,
+        crc32=zlib.crc32(data),
     )
 
 
@@ -153,8 +155,12 @@ def _narrow(rows: pa.Table, settings: PartSettings) -> tuple[pa.Table, npt.NDArr
 
 
 def read_part(part: Part, settings: PartSettings) -> tuple[pa.Table, pa.Table]:
-    """The rows and the rejects of a part file."""
-    table = from_ipc(settings.storage.read(join(settings.folder, part.file)))
+    """The rows and the rejects of a part file.
+
+    Raises:
+        OSError: it cannot be read, or is not what was written.
+    """
+    table = from_ipc(settings.storage.read(join(settings.folder, part.file), part.crc32))
     rejects = from_ipc(table.schema.metadata[b"rejects"])
     return table.replace_schema_metadata(None), rejects
 

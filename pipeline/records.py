@@ -157,6 +157,7 @@ class Part:
     """The small row that the driver sees for a chunk that was written.
 
     `rejects` counts them by `stage/code`. A part that could not be written says why in `failure`.
+    `crc32` is that of the file: nothing but an empty one has 0.
     """
 
     head: Head
@@ -166,6 +167,7 @@ class Part:
     rejects: Mapping[str, int]
     num_bytes: int
     failure: str | None = None
+    crc32: int = 0
 
     def dump(self) -> bytes:
         return json.dumps({**asdict(self), "head": self.head.dump().decode()}).encode()

@@ -7,65 +7,72 @@ object stores put them so, local files are written beside, fsynced and renamed.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import random
 import re
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
-from urllib.parse import urlsplit, urlunsplit
 
-import aiohttp
 import fsspec
-from botocore.exceptions import BotoCoreError, NoCredentialsError, PartialCredentialsError
 from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
 from model.errors import UserError
+from pipeline import checksums, s3
+from pipeline.checksums import Checksum, DamagedObjectError
+from pipeline.faults import (
+    NO_CREDENTIALS,
+    NO_CREDENTIALS_NOW,
+    PERMANENT,
+    TRANSIENT,
+    is_out_of_space,
+    raise_if_permanent,
+    refusal_of_credentials,
+    true_fault,
+    words,
+)
+from pipeline.faults import CredentialsError as CredentialsError
+from pipeline.faults import redact as redact
 from pipeline.local_files import BLOCK_BYTES, create_local, files_below, publish_local
-from pipeline.printable import printable
+from pipeline.s3 import ObjectChangedError as ObjectChangedError
 from pipeline.s3_listing import list_objects, list_side_by_side, read_dates_quickly
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-ATTEMPTS = 4
+# The limits of one operation, stated in docs/reliability-storage.md: so many attempts, each within
+# the deadline (plus a second for each MiB that is written), and pauses of 0.5, 1, 2, 4 and 8 s,
+# each up to half shorter or longer.
+ATTEMPTS = 6
 FIRST_PAUSE_SECONDS = 0.5
-SLOWEST_BYTES_PER_SECOND = 1 << 20  # a large upload gets this much time beyond the deadline
+SLOWEST_BYTES_PER_SECOND = 1 << 20
 
-# Measured on s3fs 2026.9: its defaults try a stalled request 125 times, for 35 minutes.
+# s3fs and botocore would try again on their own, and that multiplies: with their defaults a stalled
+# request was sent 125 times, for 35 minutes. Here they ask once.
 S3_DEFAULTS: dict[str, Any] = {
     "default_block_size": BLOCK_BYTES,
     "config_kwargs": {
         "read_timeout": 10,
         "connect_timeout": 5,
         "max_pool_connections": 32,
-        "retries": {"mode": "standard", "total_max_attempts": 2},
+        "retries": {"mode": "standard", "total_max_attempts": 1},
+        # Some stores send the whole object's checksum along with a range of it.
+        "response_checksum_validation": "when_required",
     },
 }
-S3_RETRIES = 2
-
-PERMANENT = (
-    FileNotFoundError,
-    PermissionError,
-    IsADirectoryError,
-    NotADirectoryError,
-    FileExistsError,
-    NoCredentialsError,
-    PartialCredentialsError,
-)
-TRANSIENT = (OSError, asyncio.TimeoutError, aiohttp.ClientError, BotoCoreError)
+S3_TRIES = 1
 
 TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{8}$")
-QUOTED_URL = re.compile(r"\w+://[^\s'\"]+")
 
 
 class StorageError(UserError):
@@ -74,22 +81,14 @@ class StorageError(UserError):
 
 @dataclass(frozen=True)
 class FileInfo:
-    """Size in bytes, and what the store calls this version of the object (None if it does not)."""
+    """Size in bytes, and what the store calls this version of the object (None if it does not).
+
+    `checksum` of its bytes, where the store tells one that can be checked.
+    """
 
     size: int
     etag: str | None
-
-
-def redact(url: str) -> str:
-    """The URL without user, password and query, fit for logs and records."""
-    url = printable(url)
-    if "://" not in url:
-        return url
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https"):
-        host = parts.netloc.rpartition("@")[2]
-        return urlunsplit((parts.scheme, host, parts.path, "", "")) if "@" in parts.netloc else url
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    checksum: Checksum | None = field(default=None, compare=False)
 
 
 @contextmanager
@@ -101,13 +100,13 @@ def explained(doing: str, url: str) -> Iterator[None]:
         raise StorageError(
             f"cannot {doing} {redact(url)}: not found; check the bucket or folder and its spelling"
         ) from error
-    except (PermissionError, NoCredentialsError, PartialCredentialsError) as error:
+    except PermissionError as error:
         raise StorageError(
-            f"cannot {doing} {redact(url)}: access refused ({_words(error)}); check the "
+            f"cannot {doing} {redact(url)}: access refused ({words(error)}); check the "
             "credentials (storage_options, or the environment of every node) and their rights"
         ) from error
     except OSError as error:
-        raise StorageError(f"cannot {doing} {redact(url)}: {_words(error)}") from error
+        raise StorageError(f"cannot {doing} {redact(url)}: {words(error)}") from error
 
 
 def shared(url: str) -> str:
@@ -158,19 +157,52 @@ class Storage:
             if protocol in ("s3", "s3a"):
                 fs.connect()  # only now are its options looked at
         except (ImportError, ValueError, TypeError) as error:
-            raise StorageError(f"{redact(url)}: cannot be opened: {_words(error)}") from error
+            raise StorageError(f"{redact(url)}: cannot be opened: {words(error)}") from error
+        except NO_CREDENTIALS as error:
+            raise CredentialsError(words(error)) from error
         if protocol in ("s3", "s3a"):
-            fs.retries = S3_RETRIES
+            fs.retries = S3_TRIES
         return fs, path
 
     def info(self, url: str) -> FileInfo:
         fs, path = self.open(url)
+        if s3.is_s3(fs):
+            return self._s3_info(fs, path, url)
         found = self._call(fs, fs.info, path, what="look up", url=url)
         if found["type"] != "file":
             raise FileNotFoundError(f"{redact(url)} is a folder")
         if found.get("size") is None:
             raise StorageError(f"{redact(url)}: the server does not tell its size")
         return FileInfo(int(found["size"]), _etag(fs, found))
+
+    def _s3_info(self, fs: fsspec.AbstractFileSystem, path: str, url: str) -> FileInfo:
+        answer = self._call(fs, s3.head, fs, path, what="look up", url=url)
+        etag = str(answer.get("ETag", "")).strip('"') or None
+        bucket = fs.split_path(path)[0]
+        return FileInfo(int(answer["ContentLength"]), etag, checksums.of_answer(answer, bucket))
+
+    def digest(self, url: str, info: FileInfo) -> checksums.Hash | None:
+        """An empty digest of the kind of `info.checksum`; None where nothing can be checked."""
+        checksum = info.checksum
+        if checksum is None or checksum.parts is None:
+            return None if checksum is None else checksums.start(checksum)
+        fs, path = self.open(url)
+        first = self._call(
+            fs, s3.part_bytes, fs, path, info.size, checksum.parts, what="look up", url=url
+        )
+        return None if first is None else checksums.start(checksum, first)
+
+    def parts_are_even(self, url: str, info: FileInfo, part_bytes: int) -> bool:
+        """Whether an object that was uploaded in parts has parts of one size, so that its checksum
+        says something of its bytes."""
+        assert info.checksum is not None
+        assert info.checksum.parts is not None
+        fs, path = self.open(url)
+        parts = info.checksum.parts
+        return self._call(
+            fs, s3.parts_are_even, fs, path, info.size, part_bytes, parts,
+            what="look up", url=url, waits=parts,
+        )  # fmt: skip
 
     def is_folder(self, url: str) -> bool:
         fs, path = self.open(url)
@@ -183,27 +215,43 @@ class Storage:
             return False
         return True
 
-    def read(self, url: str) -> bytes:
+    def read(self, url: str, crc32: int | None = None) -> bytes:
+        """A whole object, compared with the store's checksum and `crc32`, where they are known."""
         fs, path = self.open(url)
-        data: bytes = self._call(fs, fs.cat_file, path, what="read", url=url)
-        return data
+        attempt = s3.Download(fs, path).attempt if s3.is_s3(fs) else partial(fs.cat_file, path)
 
-    def read_range(self, url: str, start: int, end: int) -> bytes:
-        """Bytes [start, end) of an object; a short answer counts as a broken connection."""
+        def request(**deadline: float) -> bytes:
+            data: bytes = attempt(**deadline)
+            if crc32 is not None and zlib.crc32(data) != crc32:
+                raise DamagedObjectError(f"its crc32 is not {crc32:08x}")
+            return data
+
+        return self._call(fs, request, what="read", url=url)
+
+    def read_range(self, url: str, start: int, end: int, etag: str | None = None) -> bytes:
+        """Bytes [start, end) of an object; a short answer counts as a broken connection.
+
+        Raises:
+            ObjectChangedError: it is not the version `etag` (where the store names versions).
+        """
         fs, path = self.open(url)
+        what = f"read at offset {start}"
+        if s3.is_s3(fs):
+            download = s3.Download(fs, path, start, end, etag)
+            try:
+                return self._call(fs, download.attempt, what=what, url=url)
+            except s3.RangeIgnoredError as error:
+                raise _ignores_ranges(url) from error
 
-        def request(path: str, **deadline: float) -> bytes:
+        def request(**deadline: float) -> bytes:
             data: bytes = fs.cat_file(path, start=start, end=end, **deadline)
             if len(data) > end - start:
-                raise StorageError(
-                    f"{redact(url)}: the server ignores byte ranges; copy the shard to a storage "
-                    "that honours them"
-                )
+                raise _ignores_ranges(url)
             if len(data) < end - start:
                 raise ConnectionError(f"{len(data)} of {end - start} bytes at offset {start}")
             return data
 
-        return self._call(fs, request, path, what=f"read at offset {start}", url=url)
+        return self._call(fs, request, what=what, url=url)
 
     def iter_files(self, folder: str, depth: int | None = None) -> Iterator[str]:
         """Every file below a folder, by its path below it, as the listing goes on; none if it is
@@ -214,7 +262,7 @@ class Storage:
         with suppress(FileNotFoundError):
             if isinstance(fs, LocalFileSystem):
                 yield from (name for name, _ in files_below(path, depth))
-            elif _is_s3(fs):
+            elif s3.is_s3(fs):
                 objects = self._objects(fs, root, folder, depth=depth)
                 yield from (name.removeprefix(root) for name, _ in objects)
             else:
@@ -234,7 +282,7 @@ class Storage:
                 for name, entry in files_below(path):
                     with suppress(FileNotFoundError):  # gone meanwhile
                         sizes[name] = entry.stat().st_size
-            elif _is_s3(fs):
+            elif s3.is_s3(fs):
                 for name, size in self._objects(fs, root, folder):
                     sizes[name.removeprefix(root)] = size
             else:
@@ -250,7 +298,7 @@ class Storage:
         runs between some `bounds` (paths below the folder, in order) are listed side by side.
         """
         fs, path = self.open(folder)
-        if not _is_s3(fs):
+        if not s3.is_s3(fs):
             return list(self.iter_files(folder))
         root = path.rstrip("/") + "/"
         bucket, prefix, _ = fs.split_path(root)
@@ -279,7 +327,7 @@ class Storage:
             matches = re.compile(glob_translate(path)).match
             if isinstance(fs, LocalFileSystem):
                 names = (f"{folder}/{name}" for name, _ in files_below(folder, depth))
-            elif _is_s3(fs):
+            elif s3.is_s3(fs):
                 names = (name for name, _ in self._objects(fs, fixed, pattern, depth=depth))
             else:
                 found = self._call(
@@ -314,11 +362,14 @@ class Storage:
     def publish_bytes(self, url: str, data: bytes) -> None:
         """Puts an object whole, replacing what had its name."""
         fs, path = self.open(url)
+        waits = len(data) / SLOWEST_BYTES_PER_SECOND
         if isinstance(fs, LocalFileSystem):
             self._call(fs, publish_local, path, data=data, what="write", url=url)
+        elif s3.is_s3(fs):
+            self._call(fs, s3.put, fs, path, data, what="write", url=url, waits=waits)
         else:
-            waits = len(data) / SLOWEST_BYTES_PER_SECOND
             self._call(fs, fs.pipe_file, path, data, what="write", url=url, waits=waits)
+        fs.invalidate_cache()
 
     def create(self, url: str, data: bytes) -> None:
         """Puts an object where there is none.
@@ -336,7 +387,7 @@ class Storage:
             try:
                 fs.pipe_file(path, data, mode="create", **deadline)
             except OSError as error:
-                if _is_precondition(error):
+                if s3.error_code(error) in ("PreconditionFailed", "412"):
                     raise FileExistsError(f"{redact(url)} is there") from error
                 raise
 
@@ -355,6 +406,8 @@ class Storage:
         size = local.stat().st_size
         if isinstance(fs, LocalFileSystem):
             self._call(fs, publish_local, path, moved=local, what="write", url=url)
+        elif s3.is_s3(fs):
+            self._put_on_s3(fs, path, local, url)
         else:
             waits = size / SLOWEST_BYTES_PER_SECOND
             self._call(fs, fs.put_file, str(local), path, what="write", url=url, waits=waits)
@@ -379,6 +432,13 @@ class Storage:
             with suppress(FileNotFoundError):
                 if not any(Path(path).iterdir()):
                     Path(path).rmdir()
+
+    def _put_on_s3(self, fs: fsspec.AbstractFileSystem, path: str, local: Path, url: str) -> None:
+        def call(function: Callable[..., T], *args: Any, num_bytes: int = 0) -> T:
+            waits = num_bytes / SLOWEST_BYTES_PER_SECOND
+            return self._call(fs, function, *args, what="write", url=url, waits=waits)
+
+        s3.put_file(fs, path, local, call)
 
     def remove(self, *urls: str) -> None:
         """Removes objects, or folders with all below them; what is not there is no error."""
@@ -406,15 +466,28 @@ class Storage:
     ) -> T:
         if isinstance(fs, AsyncFileSystem):
             kwargs["timeout"] = self.deadline_seconds + waits
+        renewed = False
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 return function(*args, **kwargs)
             except (*PERMANENT, *TRANSIENT) as error:
-                fault = _true_fault(error)
-                _raise_if_permanent(fault, url)
-                reason = _words(fault)
-                if attempt == ATTEMPTS or _out_of_space(fault):
-                    raise OSError(
+                fault = true_fault(error)
+                refusal = refusal_of_credentials(fault)
+                if refusal is not None and s3.is_s3(fs) and not renewed and attempt < ATTEMPTS:
+                    renewed = True  # they may have been, on this machine, since the last look
+                    logger.warning("%s %s: access refused (%s); credentials are looked up again",
+                                   what, redact(url), refusal)  # fmt: skip
+                    _renew_credentials(fs)
+                    continue
+                if refusal is not None:
+                    raise CredentialsError(
+                        f"cannot {what} {redact(url)}: access refused ({refusal})"
+                    ) from error
+                raise_if_permanent(fault, url)
+                reason = words(fault)
+                if attempt == ATTEMPTS or is_out_of_space(fault):
+                    kind = CredentialsError if isinstance(fault, NO_CREDENTIALS_NOW) else OSError
+                    raise kind(
                         f"cannot {what} {redact(url)}: {reason} ({attempt} attempts)"
                     ) from error
                 pause = FIRST_PAUSE_SECONDS * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)  # noqa: S311 jitter
@@ -426,50 +499,23 @@ class Storage:
             except UserError:
                 raise
             except Exception as error:  # a storage's own kind of error: told, never tried again
-                raise OSError(f"cannot {what} {redact(url)}: {_words(error)}") from error
+                raise OSError(f"cannot {what} {redact(url)}: {words(error)}") from error
         raise AssertionError("unreachable")
 
 
-def _is_s3(fs: fsspec.AbstractFileSystem) -> bool:
-    return "s3" in fs.protocol  # s3fs itself is not imported where no S3 is used
+def _renew_credentials(fs: fsspec.AbstractFileSystem) -> None:
+    """A new session, which looks for credentials in the environment, profile and instance again."""
+    try:
+        fs.connect(refresh=True)
+    except (*NO_CREDENTIALS, *NO_CREDENTIALS_NOW) as error:
+        raise CredentialsError(words(error)) from error
 
 
-def _true_fault(error: BaseException) -> BaseException:
-    """fsspec's http says "not found" for whatever it met while it asked for a size."""
-    cause = error.__cause__
-    if isinstance(error, FileNotFoundError) and isinstance(cause, TRANSIENT):
-        return cause
-    return error
-
-
-def _raise_if_permanent(fault: BaseException, url: str) -> None:
-    """Raises what trying again cannot mend, in words without the secret parts of the URL."""
-    status = fault.status if isinstance(fault, aiohttp.ClientResponseError) else None
-    if isinstance(fault, FileNotFoundError) or status in (404, 410):
-        raise FileNotFoundError(f"{redact(url)} is not there") from fault
-    if status in (401, 403):
-        raise PermissionError(f"status {status}") from fault
-    if isinstance(fault, PERMANENT):
-        raise fault
-
-
-def _is_precondition(error: OSError) -> bool:
-    """Whether S3 says so; s3fs knows AWS's words for it only."""
-    answer = getattr(error.__cause__, "response", {})
-    return answer.get("Error", {}).get("Code") in ("PreconditionFailed", "412")
-
-
-def _words(error: BaseException) -> str:
-    """What an error says, on one line; the URLs that http's errors quote lose their signatures."""
-    name, text = type(error).__name__, printable(" ".join(str(error).split()))
-    if text in ("", "None"):  # s3fs' errors for answers without a body
-        return name
-    text = QUOTED_URL.sub(lambda quoted: redact(quoted[0]), text)
-    return text if type(error) in (OSError, PermissionError) else f"{name}: {text}"
-
-
-def _out_of_space(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in (28, 122)  # ENOSPC, EDQUOT
+def _ignores_ranges(url: str) -> StorageError:
+    return StorageError(
+        f"{redact(url)}: the server ignores byte ranges; copy the shard to a storage that honours "
+        "them"
+    )
 
 
 def _etag(fs: fsspec.AbstractFileSystem, found: Mapping[str, Any]) -> str | None:

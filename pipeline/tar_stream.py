@@ -7,13 +7,12 @@ but zeros behind it, and every byte that the storage promised must have been see
 
 from __future__ import annotations
 
-import io
 import re
 import tarfile
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+from pipeline.forward_reader import ForwardReader
 from pipeline.local_files import BLOCK_BYTES
 from pipeline.printable import printable
 from pipeline.storage import FileInfo, Storage, redact
@@ -56,87 +55,24 @@ class Member:
     data: bytes | None
 
 
-class ForwardReader(io.RawIOBase):
-    """A file that only goes forward, fetched in blocks by range, the next one ahead of time.
-
-    A range request that breaks is asked for again by the storage layer, so reading goes on at the
-    byte where the connection broke.
-    """
-
-    def __init__(self, url: str, storage: Storage, size: int) -> None:
-        self._url = url
-        self._storage = storage
-        self.num_bytes = size
-        self._position = 0
-        self._block = b""
-        self._block_start = 0
-        self._ahead: tuple[int, Future[bytes]] | None = None
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
-        self.last_read = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        assert whence == io.SEEK_SET
-        assert offset >= self._position, "this reader only goes forward"
-        self._position = offset
-        return offset
-
-    def read(self, size: int | None = -1) -> bytes:
-        """At most `size` bytes; fewer only at the end of the object."""
-        end = (
-            self.num_bytes
-            if size is None or size < 0
-            else min(self._position + size, self.num_bytes)
-        )
-        pieces = []
-        while self._position < end:
-            start = self._position - self._block_start
-            if not 0 <= start < len(self._block):
-                self._fetch()
-                start = self._position - self._block_start
-            piece = self._block[start : start + end - self._position]
-            pieces.append(piece)
-            self._position += len(piece)
-        self.last_read = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        return self.last_read
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        super().close()
-
-    def _fetch(self) -> None:
-        start = self._position // BLOCK_BYTES * BLOCK_BYTES
-        if self._ahead is not None and self._ahead[0] == start:
-            self._block = self._ahead[1].result()
-        else:
-            self._block = self._request(start)
-        self._block_start = start
-        following = start + BLOCK_BYTES
-        self._ahead = None
-        if following < self.num_bytes:
-            self._ahead = (following, self._pool.submit(self._request, following))
-
-    def _request(self, start: int) -> bytes:
-        end = min(start + BLOCK_BYTES, self.num_bytes)
-        return self._storage.read_range(self._url, start, end)
-
-
 def read_members(url: str, storage: Storage, info: FileInfo) -> Iterator[Member]:
     """Yields the regular files of a tar in order.
 
     Raises:
         BrokenShardError: the archive is cut, damaged, or changed while it was read. Everything
             yielded before that is whole.
+        DamagedObjectError: what came is not what the store's checksum says.
         OSError: the storage failed for good.
     """
-    with ForwardReader(url, storage, info.size) as source:
-        yield from _members(url, source)
-        _check_end(url, source)
+    with ForwardReader(url, storage, info) as source:
+        try:
+            yield from _members(url, source)
+            _check_end(url, source)
+        except BrokenShardError as error:
+            if error.cut:  # which may be accepted: then it must be the archive that is cut
+                source.check()
+            raise
+        source.check()
     if storage.info(url) != info:
         raise BrokenShardError(url, info.size, "the object was replaced while it was read")
 

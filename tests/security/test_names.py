@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 
 from model.errors import UserError
 from pipeline.chunks import TileSettings
-from pipeline.commits import commit_url, committed_shards, stray_files
+from pipeline.commits import commit_url
 from pipeline.records import Shard
 from pipeline.samples import ReadSettings
 from pipeline.shards import list_shards
+from pipeline.stock import take_stock
 from pipeline.storage import Storage, join
 from pipeline.writers import FinalizeSettings, finalize_shard
 from tests.builders import files_below, picture, tar_bytes
@@ -111,7 +112,7 @@ def test_members_names_are_keys_and_never_paths(
 
 
 BAD_NAMES = [
-    "../x", "a/../../x", "..", "a/..", "a\nb", "a\x00b", "a\x1b[2Jb", "a\rb", "a\u2028b", "a\x7fb",
+    "../x", "a/../../x", "..", "a/..", "a\nb", "a\x00b", "a\x1b]2Jb", "a\rb", "a\u2028b", "a\x7fb",
     "a\u202eb", "./x", "a/./b", ".", "a/.",
 ]  # fmt: skip
 
@@ -146,9 +147,8 @@ def test_odd_names_stay_below_their_folders(name: str, tmp_path: Path) -> None:
     run_plainly(source, tmp_path / "out", shard.name)
     made = set(files_below(tmp_path / "out"))
     assert made == {f"commits/{name}.json", f"embeddings/{name}.parquet"}
-    committed = committed_shards(str(tmp_path / "out"), STORAGE)
-    assert committed == {name}
-    assert stray_files(str(tmp_path / "out"), committed, STORAGE) == []
+    stock = take_stock(str(tmp_path / "out"), [name], STORAGE)
+    assert (stock.committed, stock.strays) == ({name}, [])
 
 
 @settings(deadline=None)
@@ -176,7 +176,7 @@ def bucket() -> Iterator[tuple[Any, Storage]]:
         yield server, Storage(server.options)
 
 
-@pytest.mark.parametrize("key", ["in/./x.tar", "in/a\x1b[2Jb.tar"])
+@pytest.mark.parametrize("key", ["in/./x.tar", "in/a\x1b]2Jb.tar"])
 def test_keys_of_a_bucket_may_be_anything(key: str, bucket: tuple[Any, Storage]) -> None:
     server, storage = bucket
     client = server.client()
@@ -219,7 +219,7 @@ def test_a_link_in_an_output_is_not_followed_when_a_dead_run_is_removed(tmp_path
     (output / "embeddings").mkdir()
     (output / "_runs" / "link").symlink_to(precious)
     (output / "embeddings" / "link").symlink_to(precious)
-    strays = stray_files(str(output), set(), STORAGE)
+    strays = take_stock(str(output), ["a"], STORAGE).strays
     STORAGE.remove(*(join(str(output), name) for name in strays))
     STORAGE.remove(join(str(output), "_runs"))
     assert (precious / "deep" / "file").read_text() == "kept"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pytest
 
+from pipeline import storage as storage_module
 from pipeline.chunks import Chunk
 from pipeline.embedding import (
     Embedded,
@@ -19,6 +21,7 @@ from pipeline.embedding import (
     reject_chunk,
     write_part,
 )
+from pipeline.records import Part
 from pipeline.storage import Storage
 from tests.builders import picture, write_tar
 from tests.stages import WIDTH, encode, part_settings, tile_shard
@@ -119,6 +122,24 @@ def test_a_part_holds_the_values_in_their_final_type(chunk: Chunk, tmp_path: Pat
     assert part.head.end == chunk.head.end
     again = write_part(embed_chunk(chunk, encode, settings), settings)
     assert again.file == part.file  # a task that Ray repeats writes over its own file
+
+
+def test_a_part_that_is_not_what_was_written_is_an_error(
+    chunk: Chunk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage_module, "FIRST_PAUSE_SECONDS", 0.0)
+    settings = part_settings(tmp_path, BOTH)
+    part = write_part(embed_chunk(chunk, encode, settings), settings)
+    written = Path(settings.folder) / part.file
+    whole = written.read_bytes()
+    assert part.crc32 == zlib.crc32(whole)
+    assert Part.load(part.dump()).crc32 == part.crc32
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 1
+    for other in (bytes(damaged), whole[:-1], b""):
+        written.write_bytes(other)
+        with pytest.raises(OSError, match=r"cannot read .*DamagedObjectError: its crc32 is not"):
+            read_part(part, settings)
 
 
 def test_a_chunk_that_is_given_up_becomes_rejects(chunk: Chunk, tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import tar_stream
-from pipeline.tar_stream import BrokenShardError, ForwardReader, Member, read_members
+from pipeline import forward_reader, tar_stream
+from pipeline.tar_stream import BrokenShardError, Member, read_members
 from tests.builders import tar_bytes
 from tests.stages import STORAGE
 
@@ -58,7 +58,7 @@ def shard(tmp_path: Path) -> Path:
 def test_a_whole_archive_gives_every_member(
     kind: str, block_bytes: int, shard: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tar_stream, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(forward_reader, "BLOCK_BYTES", block_bytes)
     shard.write_bytes(ARCHIVES[kind])
     expected = MEMBERS if kind == "ustar" else LONG
     assert read(shard) == [Member(name, len(content), content) for name, content in expected]
@@ -185,18 +185,3 @@ def test_names_in_any_bytes_stay_distinct(shard: Path) -> None:
     found = [member.name for member in read(shard)]
     assert found == ["caf\\xe9.jpg", "caf\\xe8.jpg", "café.jpg", "猫.jpg"]
     assert all(name.encode() for name in found)  # every one can be written as UTF-8
-
-
-def test_the_reader_goes_forward_over_blocks(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tar_stream, "BLOCK_BYTES", 100)
-    content = bytes(range(256)) * 3
-    shard.write_bytes(content)
-    with ForwardReader(str(shard), STORAGE, len(content)) as source:
-        assert source.read(250) == content[:250]
-        source.seek(555)
-        assert source.read(10) == content[555:565]
-        assert source.tell() == 565
-        assert source.read(-1) == content[565:]
-        assert source.read(1) == b""
-        with pytest.raises(AssertionError):
-            source.seek(0)

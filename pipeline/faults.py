@@ -1,0 +1,98 @@
+"""Which faults of a storage can pass, which cannot, and what they say on one line."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from urllib.parse import urlsplit, urlunsplit
+
+import aiohttp
+from botocore.exceptions import (
+    BotoCoreError,
+    CredentialRetrievalError,
+    NoAuthTokenError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    SSOError,
+    TokenRetrievalError,
+)
+from botocore.parsers import ResponseParserError
+
+from pipeline.printable import printable
+from pipeline.s3 import REFUSED_CREDENTIALS, ObjectChangedError, RangeIgnoredError, error_code
+
+NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, NoAuthTokenError)
+NO_CREDENTIALS_NOW = (CredentialRetrievalError, TokenRetrievalError, SSOError)
+PERMANENT = (
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    FileExistsError,
+    ObjectChangedError,
+    RangeIgnoredError,
+)
+TRANSIENT = (OSError, TimeoutError, aiohttp.ClientError, BotoCoreError, ResponseParserError)
+QUOTED_URL = re.compile(r"\w+://[^\s'\"]+")
+
+
+class CredentialsError(PermissionError):
+    """The store refuses the credentials themselves: no object can be had until they are renewed."""
+
+
+def redact(url: str) -> str:
+    """The URL without user, password and query, fit for logs and records."""
+    url = printable(url)
+    if "://" not in url:
+        return url
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https"):
+        host = parts.netloc.rpartition("@")[2]
+        return urlunsplit((parts.scheme, host, parts.path, "", "")) if "@" in parts.netloc else url
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def true_fault(error: BaseException) -> BaseException:
+    """fsspec's http says "not found" for whatever it met while it asked for a size."""
+    cause = error.__cause__
+    if isinstance(error, FileNotFoundError) and isinstance(cause, TRANSIENT):
+        return cause
+    return error
+
+
+def refusal_of_credentials(fault: BaseException) -> str | None:
+    """Why the credentials are refused, where it is they that are."""
+    code = error_code(fault)
+    if code in REFUSED_CREDENTIALS:
+        return f"{code}: {words(fault)}"
+    return words(fault) if isinstance(fault, NO_CREDENTIALS) else None
+
+
+def raise_if_permanent(fault: BaseException, url: str) -> None:
+    """Raises what trying again cannot mend, in words without the secret parts of the URL."""
+    status = fault.status if isinstance(fault, aiohttp.ClientResponseError) else None
+    if isinstance(fault, FileNotFoundError) or status in (404, 410):
+        raise FileNotFoundError(f"{redact(url)} is not there") from fault
+    if status in (401, 403):
+        raise PermissionError(f"status {status}") from fault
+    if isinstance(fault, ObjectChangedError):
+        raise ObjectChangedError(f"{redact(url)}: {fault}") from fault
+    if isinstance(fault, PERMANENT):
+        raise fault
+
+
+def words(error: BaseException) -> str:
+    """What an error says, on one line; the URLs that http's errors quote lose their signatures."""
+    name, text = type(error).__name__, printable(" ".join(str(error).split()))
+    if isinstance(error, asyncio.TimeoutError) and not text:
+        return "not done within its deadline"
+    if text in ("", "None"):  # s3fs' errors for answers without a body
+        return name
+    text = QUOTED_URL.sub(lambda quoted: redact(quoted[0]), text)
+    return (
+        text if type(error) in (OSError, PermissionError, CredentialsError) else f"{name}: {text}"
+    )
+
+
+def is_out_of_space(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (28, 122)  # ENOSPC, EDQUOT
