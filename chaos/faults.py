@@ -1,0 +1,130 @@
+"""The kinds of faults: whom they strike, how, and what is promised then."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from chaos.job import Run
+from chaos.nodes import Nodes, raylet, whole_node
+from chaos.processes import at_work, kill_all, kill_at_work, title
+
+PAUSE_SECONDS = 5.0
+REPLICA = "ray::MapWorker(MapBatches(Replica))"
+# What a user is promised, by who has to act.
+ITSELF = "the same run goes on and ends with 0"
+AGAIN = "run the same command again: what is committed stays, the rest is computed"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`strike` gives the victim in words, or None where there is none at that moment.
+
+    `ends_run`: the job must be run again; `ends_cluster`: Ray must be started again too.
+    `ranks` is the tensor_parallel of the job that it is tried on.
+    """
+
+    name: str
+    strike: Callable[[Run, Nodes, float], str | None]
+    promised: str
+    weight: int
+    ends_run: bool = False
+    ends_cluster: bool = False
+    ranks: int = 1
+
+
+def _worker(words: str) -> Callable[[Run, Nodes, float], str | None]:
+    """SIGKILL to a process that does this work now."""
+
+    def strike(run: Run, nodes: Nodes, pick: float) -> str | None:
+        pids = at_work(words)
+        if not pids:
+            return None
+        pid = pids[int(pick * len(pids))]
+        said = kill_at_work(pid, words)
+        return said and f"{pid} {said[:60]}"
+
+    return strike
+
+
+def _driver(run: Run, nodes: Nodes, pick: float) -> str:
+    run.process.kill()
+    run.process.wait()
+    return f"{run.process.pid} tessera extract"
+
+
+def _driver_paused(run: Run, nodes: Nodes, pick: float) -> str | None:
+    """Stopped for a while, as by a suspended virtual machine; then it goes on."""
+    if run.process.poll() is not None:
+        return None
+    run.process.send_signal(signal.SIGSTOP)
+    time.sleep(PAUSE_SECONDS)
+    run.process.send_signal(signal.SIGCONT)
+    return f"{run.process.pid} tessera extract"
+
+
+def _rank_stopped(run: Run, nodes: Nodes, pick: float) -> str | None:
+    for pid in at_work("model.ranks"):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
+            return f"{pid} {title(pid)[:60]}"
+    return None
+
+
+def _raylet(run: Run, nodes: Nodes, pick: float) -> str:
+    node = _pick(nodes, pick)
+    victim = raylet(node)
+    kill_all([victim])
+    nodes.forget(node)
+    return f"{victim.pid} raylet"
+
+
+def _node(run: Run, nodes: Nodes, pick: float) -> str:
+    node = _pick(nodes, pick)
+    victims = whole_node(node)
+    held = any(REPLICA in title(victim.pid) for victim in victims)
+    kill_all(victims)
+    nodes.forget(node)
+    return f"{len(victims)} processes, {'with' if held else 'without'} a replica"
+
+
+def _gcs(run: Run, nodes: Nodes, pick: float) -> str:
+    victim = nodes.gcs()
+    kill_all([victim])
+    return f"{victim.pid} gcs_server"
+
+
+def _head(run: Run, nodes: Nodes, pick: float) -> str:
+    victims = nodes.head_processes()
+    kill_all(victims)
+    return f"{len(victims)} processes"
+
+
+def _pick(nodes: Nodes, pick: float) -> Any:
+    workers = nodes.workers()
+    return workers[int(pick * len(workers))]
+
+
+FAULTS = (
+    Fault("SIGKILL of the driver", _driver, AGAIN, 14, ends_run=True),
+    Fault("SIGKILL of a read worker", _worker("ray::MapBatches(read_stage)"), ITSELF, 8),
+    Fault("SIGKILL of a tile worker", _worker("ray::MapBatches(tile_stage)"), ITSELF, 12),
+    Fault("SIGKILL of a replica", _worker(f"{REPLICA}.submit"), ITSELF, 12),
+    Fault("SIGKILL of a write worker", _worker("ray::MapBatches(write_stage)"), ITSELF, 8),
+    Fault("SIGKILL of a finalize task", _worker("ray::finalize_stage"), ITSELF, 8),
+    Fault("SIGKILL of a worker node's raylet", _raylet, ITSELF, 7),
+    Fault("loss of a worker node, all its processes at once", _node, ITSELF, 9),
+    Fault("SIGKILL of the GCS", _gcs, AGAIN, 3, ends_run=True, ends_cluster=True),
+    Fault("loss of the head node", _head, AGAIN, 3, ends_run=True, ends_cluster=True),
+    Fault("driver stopped for 5 s (SIGSTOP)", _driver_paused, ITSELF, 2),
+    Fault("SIGKILL of a rank (tensor_parallel 2)", _worker("model.ranks"), ITSELF, 6, ranks=2),
+    Fault(
+        "SIGKILL of rank 0 (tensor_parallel 2)", _worker(f"{REPLICA}.submit"), ITSELF, 5, ranks=2
+    ),
+    Fault("SIGSTOP of a rank (tensor_parallel 2)", _rank_stopped, ITSELF, 3, ranks=2),
+)
