@@ -7,7 +7,10 @@ head has no CPUs: the driver runs there and the work on the workers, as on a clu
 from __future__ import annotations
 
 import os
+import signal
+import sys
 from dataclasses import dataclass
+from typing import NoReturn
 
 import psutil
 from ray._private.node import Node
@@ -55,9 +58,7 @@ class Nodes:
         os.environ.update(RAY_SETTINGS)
         self._worker_options = {"object_store_memory": WORKER_STORE_BYTES, **worker_options}
         self._cluster = Cluster()
-        self._cluster.add_node(
-            num_cpus=0, object_store_memory=HEAD_STORE_BYTES, include_dashboard=False
-        )
+        self._add(num_cpus=0, object_store_memory=HEAD_STORE_BYTES, include_dashboard=False)
         self.replace_workers()
 
     @property
@@ -70,7 +71,11 @@ class Nodes:
     def replace_workers(self) -> None:
         """Starts workers until there are as many as there should be."""
         while len(self._cluster.worker_nodes) < WORKERS:
-            self._cluster.add_node(num_cpus=NODE_CPUS, **self._worker_options)
+            self._add(num_cpus=NODE_CPUS, **self._worker_options)
+
+    def _add(self, **options: object) -> None:
+        self._cluster.add_node(**options)
+        signal.signal(signal.SIGTERM, _exit)  # Ray's own drains the node for 30 s
 
     def forget(self, node: Node) -> None:
         """A worker that was killed. What is left of it must end by itself."""
@@ -94,8 +99,12 @@ class Nodes:
         )
 
     def shutdown(self) -> None:
-        for node in [*self.workers(), self._cluster.head_node]:
+        for node in [*self._cluster.worker_nodes, self._cluster.head_node]:
             node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
+
+
+def _exit(signum: int, frame: object) -> NoReturn:
+    sys.exit(128 + signum)
 
 
 def raylet(node: Node) -> psutil.Process:

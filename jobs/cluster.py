@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,9 @@ LOCAL_EXTRA_CPUS = 6
 GPU_CHUNK_TILES = 128
 CPU_CHUNK_TILES = 32
 CPU_BUFFER_BYTES = 256 << 20  # about thirteen chunks between the stages
+
+RAISED = re.compile(r"[\w.]+(Error|Exception): ")  # the last line of a traceback
+WRAPPED = "ray.exceptions.UserCodeException: "
 
 
 @dataclass(frozen=True)
@@ -90,11 +94,17 @@ def broken_runs_explained() -> Iterator[None]:
     try:
         yield
     except (RayError, LedgerError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise BrokenRunError(
-            f"the run broke off: {lines[-1] if lines else type(error).__name__}; what is committed "
-            f"stays, run it again to go on; Ray's logs: {log_folder()}"
+            f"the run broke off: {cause(error)}; what is committed stays, run it again to go on; "
+            f"Ray's logs: {log_folder()}"
         ) from error
+
+
+def cause(error: Exception) -> str:
+    """What was raised, on one line: without what Ray Data says about it behind it."""
+    lines = [line.rstrip() for line in str(error).splitlines() if line.strip()]
+    raised = [line for line in lines if RAISED.match(line) and WRAPPED not in line]
+    return [type(error).__name__, *lines[-1:], *raised[-1:]][-1].strip().rstrip(".")
 
 
 def plan_pool(

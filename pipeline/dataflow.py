@@ -27,7 +27,7 @@ from pipeline.commits import Commit, Failure
 from pipeline.interruption import FlowStopped, Interruption
 from pipeline.ledger import CompleteShard, Ledger
 from pipeline.records import Part, Shard
-from pipeline.replica import Deaths, Replica, ReplicaSettings
+from pipeline.replica import Replica, ReplicaSettings, remember_deaths
 from pipeline.samples import ReadSettings
 from pipeline.stages import finalize_stage, read_stage, tile_stage, write_stage
 from pipeline.writers import FinalizeSettings
@@ -246,7 +246,7 @@ def build_dataset(shards: Sequence[Shard], settings: FlowSettings) -> Dataset:
         .map_batches(
             Replica,
             batch_size=1,
-            fn_constructor_args=(settings.replica, ray.remote(num_cpus=0)(Deaths).remote()),
+            fn_constructor_args=(settings.replica, remember_deaths()),
             compute=ActorPoolStrategy(min_size=smallest, max_size=largest),
             **resources,
         )

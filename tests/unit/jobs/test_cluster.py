@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jobs.cluster import plan_pool
+from jobs.cluster import cause, plan_pool
 from model.errors import UserError
 
 
@@ -51,3 +51,26 @@ def test_fp8_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"tensor_parallel 17: .* its largest node has 16 CPUs"):
         plan_pool(17, None, "bfloat16", started_here=False)
     assert plan_pool(16, None, "bfloat16", started_here=False).device == "cpu"
+
+
+def test_a_broken_run_names_what_was_raised() -> None:
+    """As Ray 2.60 words it: the cause, then its own account and advice."""
+    text = """\x1b[36mray::MapWorker(MapBatches(Replica)).submit()\x1b[39m (pid=2752, ip=192.0.2.2)
+  File "/x/pipeline/replica.py", line 115, in __call__
+    deaths = ray.get(self._deaths.begin.remote(chunk_id))
+ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task.
+\tclass_name: Deaths
+The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR
+
+The above exception was the direct cause of the following exception:
+
+\x1b[36mray::MapWorker(MapBatches(Replica)).submit()\x1b[39m (pid=2752, ip=192.0.2.2)
+ray.exceptions.UserCodeException: UDF failed to process a data block.
+To change retry attempts, configure `ray.data.DataContext.get_current()`."""
+    assert cause(RuntimeError(text)) == (
+        "ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task"
+    )
+    assert cause(RuntimeError("part a 000000-000001 came twice")) == (
+        "part a 000000-000001 came twice"
+    )
+    assert cause(RuntimeError()) == "RuntimeError"
