@@ -1,4 +1,4 @@
-"""`python -m chaos --seed N --kills 100`: strikes the main job and proves that nothing is lost."""
+"""`python -m chaos --seed N --kills 100`: strikes the main job and shows that nothing is lost."""
 
 from __future__ import annotations
 
@@ -8,85 +8,105 @@ import sys
 import tempfile
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from chaos.faults import FAULTS
-from chaos.job import Job, make_job
-from chaos.nodes import Nodes
-from chaos.plan import plan
+from benchmarks.record import REPOSITORY, RESULTS, machine
+from chaos.faults import FAULTS, SHORT
+from chaos.job import make_job
+from chaos.nodes import RAY_SETTINGS, Nodes
+from chaos.plan import Strike, plan
 from chaos.processes import adopt_orphans, descendants, title
+from chaos.results import record
 from chaos.rounds import Kill, Round
-from tests.builders import REPOSITORY
+from chaos.space import can_mount, disk_full, store_full
 from tests.running import comparable
 
 END_SECONDS = 40.0
+SPILL_BYTES = 24 << 20
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m chaos", description=__doc__)
-    parser.add_argument("--seed", type=int, default=1, help="of the kinds, moments and victims")
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--only", action="append", help="part of a fault's name; repeatable")
-    arguments = parser.parse_args()
-    names = [
-        fault.name
-        for fault in FAULTS
-        if not arguments.only or any(part in fault.name for part in arguments.only)
-    ]
+    arguments = parse()
+    wanted = SHORT if arguments.short else [fault.name for fault in FAULTS]
+    names = [name for name in wanted if any(part in name for part in arguments.only or [""])]
+    about = machine()
     adopt_orphans()
     os.environ["PYTHONPATH"] = str(REPOSITORY)
+    os.chdir(REPOSITORY)
     began = time.monotonic()
 
     def say(line: str) -> None:
         print(f"{time.monotonic() - began:6.0f} {line}", flush=True)
 
-    strikes = deque(plan(arguments.seed, arguments.kills, names))
+    strikes = plan(arguments.seed, arguments.kills, names) if names else []
+    space = not arguments.short and ("space" in arguments.only if arguments.only else True)
     with tempfile.TemporaryDirectory(prefix="tessera-chaos-") as folder:
-        kills, problems = play(Path(folder), strikes, say)
-    problems += stragglers()
-    for kill in kills:
-        print(
-            kill.strike.number,
-            kill.strike.fault.name,
-            kill.victim,
-            kill.phase,
-            kill.exit_status,
-            kill.said,
-            f"ended {kill.ended_after:.1f}",
-            f"recovered {kill.recovered_after}",
-            kill.runs_after,
-            kill.problems,
-        )
-    print(*problems, sep="\n")
-    return 1 if problems or any(kill.problems for kill in kills) else 0
+        os.environ["TMPDIR"] = str(Path(folder) / "tmp")
+        Path(os.environ["TMPDIR"]).mkdir()
+        kills, problems = play(Path(folder), strikes, space, say)
+        problems += stragglers()
+        problems += [f"left in TMPDIR: {path.name}" for path in Path(folder, "tmp").iterdir()]
+    minutes = (time.monotonic() - began) / 60
+    text = record(
+        about, arguments.seed, minutes, kills, problems, arguments.results, RAY_SETTINGS
+    )
+    print(text)
+    broken = [problem for kill in kills for problem in kill.problems] + problems
+    print(f"{len(kills)} faults, seed {arguments.seed}, {minutes:.1f} minutes: ", end="")
+    print("every promise was kept" if not broken else f"{len(broken)} promises broken")
+    print(*broken, sep="\n")
+    return 1 if broken or len(kills) < len(strikes) else 0
 
 
-def play(folder, strikes, say) -> tuple[list[Kill], list[str]]:
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m chaos", description=__doc__)
+    parser.add_argument("--seed", type=int, default=1, help="of the kinds, moments and victims")
+    parser.add_argument("--kills", type=int, default=100, help="besides those that take space")
+    parser.add_argument("--short", action="store_true", help="as in `make test`: few kinds")
+    parser.add_argument(
+        "--only", action="append", metavar="WORDS", help="part of a fault's name, or `space`"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the record")
+    return parser.parse_args()
+
+
+def play(
+    folder: Path, planned: list[Strike], space: bool, say: Callable[[str], None]
+) -> tuple[list[Kill], list[str]]:
+    """Round after round until all strikes have found their victims; then, without room."""
     job = make_job(folder)
-    nodes = Nodes()
+    strikes = deque(planned)
     kills: list[Kill] = []
     problems: list[str] = []
-    references: dict[int, dict[str, bytes]] = {}
+    whole: dict[int, dict[str, bytes]] = {}
+    nodes = Nodes()
     number = 0
     try:
-        while strikes:
-            ranks = strikes[0].fault.ranks
+        while strikes or (space and 1 not in whole):
             number += 1
+            ranks = strikes[0].fault.ranks if strikes else 1
+            undisturbed = ranks not in whole
             output = folder / f"out-{number}"
-            undisturbed = ranks not in references
             say(f"round {number}, tensor_parallel {ranks}{', undisturbed' if undisturbed else ''}")
-            round = Round(
-                replace(job, ranks=ranks), output, nodes, references.get(ranks), say
-            )
-            round.play(deque() if undisturbed else strikes)
-            nodes = round.nodes
-            kills += round.kills
-            problems += [f"round {number}: {problem}" for problem in round.problems]
+            current = Round(replace(job, ranks=ranks), output, nodes, whole.get(ranks), say)
+            current.play(deque() if undisturbed else strikes)
+            nodes = current.nodes
+            kills += current.kills
+            problems += [f"round {number}: {problem}" for problem in current.problems]
             if undisturbed:
-                references[ranks] = comparable(output)
+                whole[ranks] = comparable(output)
+        if space and can_mount():
+            kills.append(disk_full(job, folder, nodes, whole[1], say))
     finally:
         nodes.shutdown()
+    if space:
+        kills.append(store_full(job, folder, None, say))
+    if space and can_mount():
+        kills.append(store_full(job, folder, SPILL_BYTES, say))
+    if space and not can_mount():
+        say("      no full disks: to mount a small one takes root")
     return kills, problems
 
 

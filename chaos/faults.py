@@ -14,7 +14,7 @@ from chaos.job import Run
 from chaos.nodes import Nodes, raylet, whole_node
 from chaos.processes import at_work, kill_all, kill_at_work, title
 
-PAUSE_SECONDS = 5.0
+PAUSE_SECONDS = 5.0  # longer than a lease, once there is one, or the lease is never tried
 REPLICA = "ray::MapWorker(MapBatches(Replica))"
 # What a user is promised, by who has to act.
 ITSELF = "the same run goes on and ends with 0"
@@ -26,7 +26,8 @@ class Fault:
     """`strike` gives the victim in words, or None where there is none at that moment.
 
     `ends_run`: the job must be run again; `ends_cluster`: Ray must be started again too.
-    `ranks` is the tensor_parallel of the job that it is tried on.
+    `early`: this work is over when a run's first shard is committed. `ranks` is the tensor_parallel
+    of the job that it is tried on.
     """
 
     name: str
@@ -35,7 +36,13 @@ class Fault:
     weight: int
     ends_run: bool = False
     ends_cluster: bool = False
+    early: bool = False
     ranks: int = 1
+
+    @property
+    def place(self) -> int:
+        """Its place among the others."""
+        return FAULTS.index(self) if self in FAULTS else len(FAULTS)
 
 
 def _worker(words: str) -> Callable[[Run, Nodes, float], str | None]:
@@ -112,8 +119,8 @@ def _pick(nodes: Nodes, pick: float) -> Any:
 
 FAULTS = (
     Fault("SIGKILL of the driver", _driver, AGAIN, 14, ends_run=True),
-    Fault("SIGKILL of a read worker", _worker("ray::MapBatches(read_stage)"), ITSELF, 8),
-    Fault("SIGKILL of a tile worker", _worker("ray::MapBatches(tile_stage)"), ITSELF, 12),
+    Fault("SIGKILL of a read worker", _worker("ray::MapBatches(read_stage)"), ITSELF, 8, early=True),
+    Fault("SIGKILL of a tile worker", _worker("ray::MapBatches(tile_stage)"), ITSELF, 12, early=True),
     Fault("SIGKILL of a replica", _worker(f"{REPLICA}.submit"), ITSELF, 12),
     Fault("SIGKILL of a write worker", _worker("ray::MapBatches(write_stage)"), ITSELF, 8),
     Fault("SIGKILL of a finalize task", _worker("ray::finalize_stage"), ITSELF, 8),
@@ -121,10 +128,19 @@ FAULTS = (
     Fault("loss of a worker node, all its processes at once", _node, ITSELF, 9),
     Fault("SIGKILL of the GCS", _gcs, AGAIN, 3, ends_run=True, ends_cluster=True),
     Fault("loss of the head node", _head, AGAIN, 3, ends_run=True, ends_cluster=True),
+    Fault("SIGKILL of the actor that counts deaths", _worker("ray::Deaths"), ITSELF, 4),
     Fault("driver stopped for 5 s (SIGSTOP)", _driver_paused, ITSELF, 2),
     Fault("SIGKILL of a rank (tensor_parallel 2)", _worker("model.ranks"), ITSELF, 6, ranks=2),
     Fault(
         "SIGKILL of rank 0 (tensor_parallel 2)", _worker(f"{REPLICA}.submit"), ITSELF, 5, ranks=2
     ),
     Fault("SIGSTOP of a rank (tensor_parallel 2)", _rank_stopped, ITSELF, 3, ranks=2),
+)
+
+# Those of `make test`.
+SHORT = (
+    "SIGKILL of the driver",
+    "SIGKILL of a tile worker",
+    "SIGKILL of a replica",
+    "loss of a worker node, all its processes at once",
 )

@@ -40,11 +40,11 @@ def plan(seed: int, kills: int, names: Sequence[str] | None = None) -> list[Stri
 
 
 def strike(rng: random.Random, number: int, fault: Fault) -> Strike:
-    working = rng.random() < 0.7
+    working = rng.random() < 0.7 and not fault.early
     return Strike(
         number=number,
         fault=fault,
         working=working,
-        delay_seconds=round(rng.uniform(0.0, 1.0) if working else rng.uniform(0.5, 8.0), 3),
+        delay_seconds=round(rng.uniform(0.0, 1.0) if working else rng.uniform(0.3, 2.0 if fault.early else 8.0), 3),
         pick=rng.random(),
     )

@@ -86,7 +86,7 @@ class Round:
         self._replace_at: float | None = None
 
     def play(self, strikes: deque[Strike]) -> None:
-        """Takes strikes from the left as long as they fit this job, until OUTPUT is whole."""
+        """Takes strikes as long as they fit this job, until OUTPUT is whole."""
         for number in range(1, MOST_RUNS + 1):
             run = Run.start(
                 self.job,
@@ -111,8 +111,8 @@ class Round:
         self._look_through()
 
     def _follow(self, run: Run, strikes: deque[Strike]) -> None:
-        since, base = run.began, self._commits.look()
-        over = False
+        first = base = self._commits.look()
+        since, over = run.began, False
         while run.process.poll() is None:
             done = self._commits.look()
             now = time.monotonic()
@@ -125,19 +125,25 @@ class Round:
             if self._replace_at is not None and now >= self._replace_at and not over:
                 self.nodes.replace_workers()
                 self._replace_at = None
-            due = not over and self._due(strikes, since, base, done)
-            if due and (kill := self._strike(strikes[0], run, done)) is not None:
-                strikes.popleft()
+            strike = None if over else self._next(strikes, done > first)
+            due = strike is not None and self._due(strike, since, base, done)
+            if due and (kill := self._strike(strike, run, done)) is not None:
+                strikes.remove(strike)
                 since, base = time.monotonic(), done
                 over = kill.strike.fault.ends_run
             time.sleep(0.004 if due else 0.05)
 
-    def _due(self, strikes: deque[Strike], since: float, base: int, done: int) -> bool:
-        if not strikes or strikes[0].fault.ranks != self.job.ranks or self._replace_at is not None:
+    def _next(self, strikes: deque[Strike], late: bool) -> Strike | None:
+        """The next one that fits; work that is over by now is struck early in another run."""
+        fitting = (strike for strike in strikes if strike.fault.ranks == self.job.ranks)
+        return next((strike for strike in fitting if not (late and strike.fault.early)), None)
+
+    def _due(self, strike: Strike, since: float, base: int, done: int) -> bool:
+        if self._replace_at is not None:
             return False
-        strike = strikes[0]
         if strike.working:
-            return done > base and time.monotonic() >= self._commits.times[base] + strike.delay_seconds
+            delay = strike.delay_seconds
+            return done > base and time.monotonic() >= self._commits.times[base] + delay
         return time.monotonic() >= since + strike.delay_seconds
 
     def _strike(self, strike: Strike, run: Run, done: int) -> Kill | None:

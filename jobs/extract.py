@@ -224,6 +224,7 @@ def finish_run(
         reporter.record(tally, ended=True)
     else:
         remove_runs(output, storage)
+        storage.remove_temporaries(output)
 
 
 def remove_runs(output: str, storage: Storage) -> None:
