@@ -4,9 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-SOURCES := model pipeline jobs tests benchmarks
+SOURCES := model pipeline jobs tests benchmarks chaos
 
-.PHONY: help demo test test-s3 test-gpu test-pillow fmt lint bench bench-gpu full-size clean
+.PHONY: help demo test test-s3 test-gpu test-pillow fmt lint chaos reliability bench bench-gpu full-size clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -40,6 +40,14 @@ test-pillow: $(VENV)/.installed-dev  ## the golden tiles under the oldest Pillow
 	$(PYTHON) -m venv $(VENV)-pillow
 	$(VENV)-pillow/bin/python -m pip install --quiet --disable-pip-version-check pillow==11.3.0 numpy pytest
 	$(VENV)-pillow/bin/python -m pytest -c /dev/null --rootdir . -q -p no:cacheprovider --noconftest tests/unit/pipeline/test_tiling_golden.py
+
+SEED ?= 1
+KILLS ?= 100
+chaos: $(VENV)/.installed-dev  ## strike the main job KILLS times (100), as SEED says; half an hour, Linux
+	$(BIN)/python -m chaos --seed $(SEED) --kills $(KILLS)
+
+reliability: $(VENV)/.installed-dev  ## docs/reliability.md from the results of the fault suites
+	$(BIN)/python -m chaos.reliability
 
 fmt: $(VENV)/.installed-dev  ## format the sources
 	$(BIN)/ruff check --fix --select I --quiet $(SOURCES)

@@ -49,9 +49,7 @@ def main() -> int:
         problems += stragglers()
         problems += [f"left in TMPDIR: {path.name}" for path in Path(folder, "tmp").iterdir()]
     minutes = (time.monotonic() - began) / 60
-    text = record(
-        about, arguments.seed, minutes, kills, problems, arguments.results, RAY_SETTINGS
-    )
+    text = record(about, arguments.seed, minutes, kills, problems, arguments.results, RAY_SETTINGS)
     print(text)
     broken = [problem for kill in kills for problem in kill.problems] + problems
     print(f"{len(kills)} faults, seed {arguments.seed}, {minutes:.1f} minutes: ", end="")

@@ -119,8 +119,12 @@ def _pick(nodes: Nodes, pick: float) -> Any:
 
 FAULTS = (
     Fault("SIGKILL of the driver", _driver, AGAIN, 14, ends_run=True),
-    Fault("SIGKILL of a read worker", _worker("ray::MapBatches(read_stage)"), ITSELF, 8, early=True),
-    Fault("SIGKILL of a tile worker", _worker("ray::MapBatches(tile_stage)"), ITSELF, 12, early=True),
+    Fault(
+        "SIGKILL of a read worker", _worker("ray::MapBatches(read_stage)"), ITSELF, 8, early=True
+    ),
+    Fault(
+        "SIGKILL of a tile worker", _worker("ray::MapBatches(tile_stage)"), ITSELF, 12, early=True
+    ),
     Fault("SIGKILL of a replica", _worker(f"{REPLICA}.submit"), ITSELF, 12),
     Fault("SIGKILL of a write worker", _worker("ray::MapBatches(write_stage)"), ITSELF, 8),
     Fault("SIGKILL of a finalize task", _worker("ray::finalize_stage"), ITSELF, 8),

@@ -1,4 +1,4 @@
-"""The job that is struck: `tessera extract` as a user starts it, on small shards with bad pictures."""
+"""The job that is struck: `tessera extract` as users start it, on small shards with bad pictures."""
 
 from __future__ import annotations
 

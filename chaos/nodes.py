@@ -1,7 +1,7 @@
 """Several Ray nodes on this machine, each of whose processes can be killed.
 
 `ray.cluster_utils.Cluster` starts them as `ray start` would; the job finds them by RAY_ADDRESS. The
-head has no CPUs: the driver runs there and the work on the workers, as on a cluster of GPU machines.
+head has no CPUs: the driver runs there, the work on the workers, as on a cluster of GPU machines.
 """
 
 from __future__ import annotations

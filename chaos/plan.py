@@ -25,15 +25,15 @@ class Strike:
 
 
 def plan(seed: int, kills: int, names: Sequence[str] | None = None) -> list[Strike]:
-    """`kills` strikes: each kind as often as its weight says, in a random order.
+    """`kills` strikes: each kind once where there are enough, then by weight; in a random order.
 
     Strikes of one setup stand together, because a new setup needs a new OUTPUT.
     """
     rng = random.Random(seed)
     faults = [fault for fault in FAULTS if names is None or fault.name in names]
-    total = sum(fault.weight for fault in faults)
-    chosen = [fault for fault in faults for _ in range(fault.weight * kills // total)]
-    chosen += rng.choices(faults, [fault.weight for fault in faults], k=kills - len(chosen))
+    chosen = faults if kills >= len(faults) else []
+    weights = [fault.weight for fault in faults]
+    chosen = chosen + rng.choices(faults, weights, k=kills - len(chosen))
     rng.shuffle(chosen)
     chosen.sort(key=lambda fault: fault.ranks)
     return [strike(rng, number, fault) for number, fault in enumerate(chosen, 1)]
@@ -45,6 +45,8 @@ def strike(rng: random.Random, number: int, fault: Fault) -> Strike:
         number=number,
         fault=fault,
         working=working,
-        delay_seconds=round(rng.uniform(0.0, 1.0) if working else rng.uniform(0.3, 2.0 if fault.early else 8.0), 3),
+        delay_seconds=round(
+            rng.uniform(0.0, 1.0) if working else rng.uniform(0.3, 2.0 if fault.early else 8.0), 3
+        ),
         pick=rng.random(),
     )

@@ -1,8 +1,8 @@
 """Processes found by their titles, and killed when they are surely at that work.
 
-Ray names a worker's process for the task that it runs at the moment (`ray::MapBatches(read_stage)`).
+Ray names a worker's process for the task that it runs now (`ray::MapBatches(read_stage)`).
 Everything the suite starts stays below the suite's own process, orphans included, because it is
-their subreaper: nobody else's process is ever touched, and what is left at the end is known exactly.
+their subreaper: no other process is ever touched, and what is left at the end is known exactly.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def is_below(pid: int, ancestor: int) -> bool:
 
 
 def at_work(words: str) -> list[int]:
-    """Our processes with these words in their titles. Milliseconds: tasks do not take much longer."""
-    pids = (int(name) for name in os.listdir("/proc") if name.isdigit())
+    """Our processes with these words in their titles; quick, for short tasks are to be caught."""
+    pids = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
     return sorted(p for p in pids if words in title(p) and is_below(p, os.getpid()))
 
 

@@ -37,7 +37,9 @@ def rendered(folder: Path = RESULTS) -> str:
         rows = [FaultRow(**row) for row in json.loads(file.read_text())]
         cells = tuple((r.fault, r.injected, r.happened, r.promised) for r in rows)
         title = f"{rows[0].suite}, from `benchmarks/results/{file.name}`"
-        parts.append(Table(title, ("fault", "injected", "happened", "promised"), cells).to_markdown())
+        parts.append(
+            Table(title, ("fault", "injected", "happened", "promised"), cells).to_markdown()
+        )
     return template.replace(MARK, "\n\n".join(parts))
 
 

@@ -63,7 +63,9 @@ def happened(kills: Sequence[Kill]) -> str:
         parts.append(f"{_of(len(ended), kills)} the run {how}{note}, and one run again was whole")
     waited = [kill.recovered_after for kill in kills if kill.recovered_after is not None]
     if waited:
-        parts.append(f"next commit after {median(waited):.0f} s (median), {max(waited):.0f} s (most)")
+        parts.append(
+            f"next commit after {median(waited):.0f} s (median), {max(waited):.0f} s (most)"
+        )
     bad = sum(bool(kill.problems) for kill in kills)
     parts.append(f"PROMISE BROKEN {bad} times" if bad else "every byte the same")
     return "; ".join(parts)

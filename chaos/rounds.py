@@ -118,7 +118,9 @@ class Round:
             now = time.monotonic()
             last = max([since, *self._commits.times[-1:]])
             if now - last > LONGEST_SILENCE_SECONDS:
-                self.problems.append(f"no progress for {LONGEST_SILENCE_SECONDS:g} s: driver killed")
+                self.problems.append(
+                    f"no progress for {LONGEST_SILENCE_SECONDS:g} s: driver killed"
+                )
                 run.process.kill()
                 run.process.wait()
                 return

@@ -142,7 +142,9 @@ def _row_groups(
 def _publish(
     path: str, tables: Iterator[pa.Table], schema: pa.Schema, settings: FinalizeSettings
 ) -> PartFile:
-    with tempfile.TemporaryFile() as file:  # without a name: a killed task leaves nothing on its node
+    with (
+        tempfile.TemporaryFile() as file
+    ):  # without a name: a killed task leaves nothing on its node
         local = Path(f"/proc/self/fd/{file.fileno()}")
         sink = HashingSink(file)
         rows = _write_parquet(sink, tables, schema, settings)
