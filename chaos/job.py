@@ -1,4 +1,4 @@
-"""The job that is struck: `tessera extract` as users start it, on small shards with bad pictures."""
+"""The job that is struck: `tessera extract` as users start it; some of its pictures are bad."""
 
 from __future__ import annotations
 
