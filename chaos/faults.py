@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from chaos.job import Run
-from chaos.nodes import Nodes, raylet, whole_node
+from chaos.nodes import Nodes, gcs, raylet, whole_node
 from chaos.processes import at_work, kill_all, kill_at_work, title
 
-PAUSE_SECONDS = 5.0  # longer than a lease, once there is one, or the lease is never tried
+PAUSE_SECONDS = 16.0  # more than half a lease: the run must look whether OUTPUT is still its own
 REPLICA = "ray::MapWorker(MapBatches(Replica))"
 # What a user is promised, by who has to act.
 ITSELF = "the same run goes on and ends with 0"
@@ -101,13 +101,13 @@ def _node(run: Run, nodes: Nodes, pick: float) -> str:
 
 
 def _gcs(run: Run, nodes: Nodes, pick: float) -> str:
-    victim = nodes.gcs()
+    victim = gcs(nodes.head)
     kill_all([victim])
     return f"{victim.pid} gcs_server"
 
 
 def _head(run: Run, nodes: Nodes, pick: float) -> str:
-    victims = nodes.head_processes()
+    victims = whole_node(nodes.head)
     kill_all(victims)
     return f"{len(victims)} processes"
 
@@ -133,7 +133,7 @@ FAULTS = (
     Fault("SIGKILL of the GCS", _gcs, AGAIN, 3, ends_run=True, ends_cluster=True),
     Fault("loss of the head node", _head, AGAIN, 3, ends_run=True, ends_cluster=True),
     Fault("SIGKILL of the actor that counts deaths", _worker("ray::Deaths"), ITSELF, 4),
-    Fault("driver stopped for 5 s (SIGSTOP)", _driver_paused, ITSELF, 2),
+    Fault("SIGSTOP of the driver for 16 s", _driver_paused, ITSELF, 2),
     Fault("SIGKILL of a rank (tensor_parallel 2)", _worker("model.ranks"), ITSELF, 6, ranks=2),
     Fault(
         "SIGKILL of rank 0 (tensor_parallel 2)", _worker(f"{REPLICA}.submit"), ITSELF, 5, ranks=2

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import psutil
 from ray._private.node import Node
@@ -54,9 +54,12 @@ class Leftovers:
 class Nodes:
     """A head and its workers. All of them end when `shutdown` is called, or with this process."""
 
-    def __init__(self, **worker_options: object) -> None:
+    def __init__(self, **worker_options: Any) -> None:
         os.environ.update(RAY_SETTINGS)
-        self._worker_options = {"object_store_memory": WORKER_STORE_BYTES, **worker_options}
+        self._worker_options: dict[str, Any] = {
+            "object_store_memory": WORKER_STORE_BYTES,
+            **worker_options,
+        }
         self._cluster = Cluster()
         self._add(num_cpus=0, object_store_memory=HEAD_STORE_BYTES, include_dashboard=False)
         self.replace_workers()
@@ -73,7 +76,7 @@ class Nodes:
         while len(self._cluster.worker_nodes) < WORKERS:
             self._add(num_cpus=NODE_CPUS, **self._worker_options)
 
-    def _add(self, **options: object) -> None:
+    def _add(self, **options: Any) -> None:
         self._cluster.add_node(**options)
         signal.signal(signal.SIGTERM, _exit)  # Ray's own drains the node for 30 s
 
@@ -81,12 +84,10 @@ class Nodes:
         """A worker that was killed. What is left of it must end by itself."""
         self._cluster.worker_nodes.discard(node)
 
-    def head_processes(self) -> list[psutil.Process]:
-        return whole_node(self._cluster.head_node)
-
-    def gcs(self) -> psutil.Process:
-        (info,) = self._cluster.head_node.all_processes["gcs_server"]
-        return psutil.Process(info.process.pid)
+    @property
+    def head(self) -> Node:
+        assert self._cluster.head_node is not None
+        return self._cluster.head_node
 
     def leftovers(self) -> Leftovers:
         """Asks the GCS itself: the suite is no driver of this cluster."""
@@ -99,7 +100,7 @@ class Nodes:
         )
 
     def shutdown(self) -> None:
-        for node in [*self._cluster.worker_nodes, self._cluster.head_node]:
+        for node in [*self._cluster.worker_nodes, self.head]:
             node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
 
 
@@ -108,7 +109,15 @@ def _exit(signum: int, frame: object) -> NoReturn:
 
 
 def raylet(node: Node) -> psutil.Process:
-    (info,) = node.all_processes["raylet"]
+    return _process(node, "raylet")
+
+
+def gcs(node: Node) -> psutil.Process:
+    return _process(node, "gcs_server")
+
+
+def _process(node: Node, kind: str) -> psutil.Process:
+    (info,) = node.all_processes[kind]
     return psutil.Process(info.process.pid)
 
 

@@ -128,12 +128,14 @@ class Round:
                 self.nodes.replace_workers()
                 self._replace_at = None
             strike = None if over else self._next(strikes, done > first)
-            due = strike is not None and self._due(strike, since, base, done)
-            if due and (kill := self._strike(strike, run, done)) is not None:
+            if strike is None or not self._due(strike, since, base, done):
+                time.sleep(0.05)
+            elif self._strike(strike, run, done):
                 strikes.remove(strike)
                 since, base = time.monotonic(), done
-                over = kill.strike.fault.ends_run
-            time.sleep(0.004 if due else 0.05)
+                over = strike.fault.ends_run
+            else:
+                time.sleep(0.004)
 
     def _next(self, strikes: deque[Strike], late: bool) -> Strike | None:
         """The next one that fits; work that is over by now is struck early in another run."""
@@ -148,17 +150,16 @@ class Round:
             return done > base and time.monotonic() >= self._commits.times[base] + delay
         return time.monotonic() >= since + strike.delay_seconds
 
-    def _strike(self, strike: Strike, run: Run, done: int) -> Kill | None:
+    def _strike(self, strike: Strike, run: Run, done: int) -> bool:
         phase, seconds, at = self._phase(done), run.seconds, time.monotonic()
         victim = strike.fault.strike(run, self.nodes, strike.pick)
         if victim is None:
-            return None
+            return False
         if len(self.nodes.workers()) < 2:
             self._replace_at = at + REPLACED_AFTER_SECONDS
-        kill = Kill(strike, victim, phase, seconds, at)
-        self.kills.append(kill)
+        self.kills.append(Kill(strike, victim, phase, seconds, at))
         self._say(f"{strike.number:4d}  {strike.fault.name}: {victim}; {phase}, {seconds:.1f} s")
-        return kill
+        return True
 
     def _phase(self, done: int) -> str:
         if done:
