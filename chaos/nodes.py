@@ -101,7 +101,7 @@ class Nodes:
 
     def shutdown(self) -> None:
         for node in [*self._cluster.worker_nodes, self.head]:
-            node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
+            node.kill_all_processes(check_alive=False, allow_graceful=True, wait=True)
 
 
 def _exit(signum: int, frame: object) -> NoReturn:

@@ -178,6 +178,8 @@ class Round:
             problem = "the driver showed a traceback"
         elif status not in ((0, 1, -9) if may_end else (0,)):
             problem = f"the run ended with {status}: {said[-1] if said else 'it said nothing'}"
+        elif status == 1 and not any(line.startswith("tessera: ") for line in said):
+            problem = "the run ended with 1 and did not say why"
         for kill in struck:
             kill.exit_status = status
             kill.said = said[-1][:300] if said and status else ""

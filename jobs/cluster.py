@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import re
+import socket
+import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +30,9 @@ LOCAL_EXTRA_CPUS = 6
 GPU_CHUNK_TILES = 128
 CPU_CHUNK_TILES = 32
 CPU_BUFFER_BYTES = 256 << 20  # about thirteen chunks between the stages
+
+HEAD_LOOK_SECONDS = 2.0
+HEAD_MISSES = 2
 
 RAISED = re.compile(r"[\w.]+(Error|Exception): ")  # the last line of a traceback
 WRAPPED = "ray.exceptions.UserCodeException: "
@@ -80,7 +86,33 @@ def connect(local: bool = False) -> bool:
             logging_level=logging.ERROR,
         )
     divert_native_stderr(log_folder() / "tessera-driver.err")
+    address = ray.get_runtime_context().gcs_address
+    threading.Thread(target=tell_of_lost_head, args=(address,), name="head", daemon=True).start()
     return started_here
+
+
+def tell_of_lost_head(address: str) -> None:
+    """Says that the head does not answer: Ray's native code will end this process without a word.
+
+    It does so after `gcs_rpc_server_reconnect_timeout_s` (60 s), with exit status 1.
+    """
+    host, _, port = address.rpartition(":")
+    missed, never = 0, threading.Event()
+    while ray.is_initialized():
+        never.wait(HEAD_LOOK_SECONDS)
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), HEAD_LOOK_SECONDS).close()
+            missed = 0
+        except OSError:
+            missed += 1
+        if missed == HEAD_MISSES and ray.is_initialized():
+            print(
+                f"tessera: the head of the Ray cluster ({address}) does not answer; unless it is "
+                "back within a minute this run ends. What is committed stays: start the cluster "
+                "again and run this again",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def log_folder() -> Path:
