@@ -91,6 +91,12 @@ def _raylet(run: Run, nodes: Nodes, pick: float) -> str:
     return f"{victim.pid} raylet"
 
 
+def _drivers_raylet(run: Run, nodes: Nodes, pick: float) -> str:
+    victim = raylet(nodes.head)
+    kill_all([victim])
+    return f"{victim.pid} raylet"
+
+
 def _node(run: Run, nodes: Nodes, pick: float) -> str:
     node = _pick(nodes, pick)
     victims = whole_node(node)
@@ -131,6 +137,14 @@ FAULTS = (
     Fault("SIGKILL of a worker node's raylet", _raylet, ITSELF, 7),
     Fault("loss of a worker node, all its processes at once", _node, ITSELF, 9),
     Fault("SIGKILL of the GCS", _gcs, AGAIN, 3, ends_run=True, ends_cluster=True),
+    Fault(
+        "SIGKILL of the raylet of the driver's node",
+        _drivers_raylet,
+        AGAIN,
+        2,
+        ends_run=True,
+        ends_cluster=True,
+    ),
     Fault("loss of the head node", _head, AGAIN, 3, ends_run=True, ends_cluster=True),
     Fault("SIGKILL of the actor that counts deaths", _worker("ray::Deaths"), ITSELF, 4),
     Fault("SIGSTOP of the driver for 16 s", _driver_paused, ITSELF, 2),
