@@ -26,6 +26,7 @@ class Fault:
     """`strike` gives the victim in words, or None where there is none at that moment.
 
     `ends_run`: the job must be run again; `ends_cluster`: Ray must be started again too.
+    `slow`: nothing happens until somebody's patience ends; no other strike before the next commit.
     `early`: this work is over when a run's first shard is committed. `ranks` is the tensor_parallel
     of the job that it is tried on.
     """
@@ -36,6 +37,7 @@ class Fault:
     weight: int
     ends_run: bool = False
     ends_cluster: bool = False
+    slow: bool = False
     early: bool = False
     ranks: int = 1
 
@@ -152,7 +154,7 @@ FAULTS = (
     Fault(
         "SIGKILL of rank 0 (tensor_parallel 2)", _worker(f"{REPLICA}.submit"), ITSELF, 5, ranks=2
     ),
-    Fault("SIGSTOP of a rank (tensor_parallel 2)", _rank_stopped, ITSELF, 3, ranks=2),
+    Fault("SIGSTOP of a rank (tensor_parallel 2)", _rank_stopped, ITSELF, 3, slow=True, ranks=2),
 )
 
 # Those of `make test`.

@@ -145,7 +145,8 @@ class Round:
     def _due(self, strike: Strike, since: float, base: int, done: int) -> bool:
         if self._replace_at is not None:
             return False
-        if strike.working:
+        slow = bool(self.kills) and self.kills[-1].strike.fault.slow
+        if strike.working or slow:
             delay = strike.delay_seconds
             return done > base and time.monotonic() >= self._commits.times[base] + delay
         return time.monotonic() >= since + strike.delay_seconds

@@ -22,7 +22,7 @@ from tests.running import comparable
 
 LONGEST_RUN_SECONDS = 150.0
 STORE_BYTES = 80 << 20
-MANY_SHARDS = 72  # their tiles are several times the object store
+MANY_SHARDS = 56  # their tiles are several times the object store
 FULL_DISK = "disk full at OUTPUT"
 FULL_STORE = "object store full"
 FULL_SPILL = "object store full, and the disk that it spills to"
