@@ -78,6 +78,8 @@ def _driver_paused(run: Run, nodes: Nodes, pick: float) -> str | None:
 
 
 def _rank_stopped(run: Run, nodes: Nodes, pick: float) -> str | None:
+    if not at_work(f"{REPLICA}.submit"):
+        return None  # a rank that hangs while the model is loaded has half an hour (LOAD_SECONDS)
     for pid in at_work("model.ranks"):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGSTOP)
