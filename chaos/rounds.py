@@ -51,17 +51,18 @@ class Commits:
         """Gives how many shards are committed."""
         for file in self._folder.glob("*.json"):
             if file.name not in self._seen:
-                self._seen[file.name] = (file.read_bytes(), file.stat().st_mtime_ns)
+                self._seen[file.name] = self._state(file.name)
                 self.times.append(time.monotonic())
         return len(self._seen)
 
     def changed(self) -> list[str]:
         """Commits that are not what they were: their shards were computed again."""
-        return sorted(
-            name
-            for name, seen in self._seen.items()
-            if seen != ((file := self._folder / name).read_bytes(), file.stat().st_mtime_ns)
-        )
+        return sorted(name for name, seen in self._seen.items() if seen != self._state(name))
+
+    def _state(self, name: str) -> tuple[bytes, int]:
+        """Nothing for a commit that is gone."""
+        file = self._folder / name
+        return (file.read_bytes(), file.stat().st_mtime_ns) if file.exists() else (b"", 0)
 
 
 class Round:
