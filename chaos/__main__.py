@@ -25,6 +25,7 @@ from tests.running import comparable
 
 END_SECONDS = 120.0  # agents of a head that died give up after a minute
 SPILL_BYTES = 24 << 20
+CACHES = ("ray", "torchinductor_")  # in the temporary folder: sessions and logs, compiled code
 
 
 def main() -> int:
@@ -47,8 +48,8 @@ def main() -> int:
         Path(os.environ["TMPDIR"]).mkdir()
         kills, problems = play(Path(folder), strikes, space, say)
         problems += stragglers()
-        names = {path.name for path in Path(folder, "tmp").iterdir()} - {"ray"}
-        problems += [f"left in TMPDIR: {name}" for name in sorted(names)]
+        names = sorted(path.name for path in Path(folder, "tmp").iterdir())
+        problems += [f"left in TMPDIR: {name}" for name in names if not name.startswith(CACHES)]
     minutes = (time.monotonic() - began) / 60
     text = record(about, arguments.seed, minutes, kills, problems, arguments.results, RAY_SETTINGS)
     print(text)
