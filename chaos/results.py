@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.record import Table, write_result
+from chaos.faults import AGAIN
 from chaos.rounds import Kill
 
 COLUMNS = (
@@ -51,16 +52,19 @@ def fault_rows(kills: Sequence[Kill]) -> list[FaultRow]:
 
 def happened(kills: Sequence[Kill]) -> str:
     """The kills of one kind in words."""
-    went_on = sum(kill.exit_status == 0 for kill in kills)
     parts = []
-    if went_on:
+    if went_on := sum(kill.exit_status == 0 for kill in kills):
         parts.append(f"{_of(went_on, kills)} the run went on and ended whole")
-    for status in sorted({kill.exit_status for kill in kills} - {0}, key=str):
-        ended = [kill for kill in kills if kill.exit_status == status]
-        by_another = sum(not kill.strike.fault.ends_run for kill in ended)
-        how = "died" if status == -9 else f"ended with {status}"
-        note = " (by a later fault)" if by_another and not ended[0].strike.fault.ends_run else ""
-        parts.append(f"{_of(len(ended), kills)} the run {how}{note}, and one run again was whole")
+    ended = [kill for kill in kills if kill.exit_status != 0]
+    for status in sorted({kill.exit_status for kill in ended}, key=str):
+        some = [kill for kill in ended if kill.exit_status == status]
+        own = some[0].strike.fault.promised == AGAIN
+        how = f"ended with {status}" if status != -9 else "was dead"
+        parts.append(
+            f"{_of(len(some), kills)} the run {how}, and OUTPUT was whole when it had been run again"
+            if own
+            else f"{_of(len(some), kills)} a later fault ended the same run"
+        )
     waited = [kill.recovered_after for kill in kills if kill.recovered_after is not None]
     if waited:
         parts.append(
