@@ -24,7 +24,7 @@ from chaos.space import can_mount, disk_full, store_full
 from tests.running import comparable
 
 END_SECONDS = 120.0  # agents of a head that died give up after a minute
-SPILL_BYTES = 24 << 20
+SPILL_BYTES = 48 << 20
 CACHES = ("ray", "torchinductor_")  # in the temporary folder: sessions and logs, compiled code
 
 
@@ -102,9 +102,9 @@ def play(
     finally:
         nodes.shutdown()
     if space:
-        kills.append(store_full(job, folder, None, say))
+        kills.append(store_full(job, folder, whole[1], None, say))
     if space and can_mount():
-        kills.append(store_full(job, folder, SPILL_BYTES, say))
+        kills.append(store_full(job, folder, whole[1], SPILL_BYTES, say))
     if space and not can_mount():
         say("      no full disks: to mount a small one takes root")
     return kills, problems

@@ -38,8 +38,8 @@ class Job:
         ]
 
 
-def make_job(folder: Path, num_shards: int = NUM_SHARDS) -> Job:
-    for shard in range(num_shards):
+def make_job(folder: Path) -> Job:
+    for shard in range(NUM_SHARDS):
         members = []
         for index in range(PICTURES):
             image = picture(300 + 20 * index, 260, seed=100 * shard + index)

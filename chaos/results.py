@@ -60,11 +60,9 @@ def happened(kills: Sequence[Kill]) -> str:
         some = [kill for kill in ended if kill.exit_status == status]
         own = some[0].strike.fault.promised == AGAIN
         how = f"ended with {status}" if status != -9 else "was dead"
-        parts.append(
-            f"{_of(len(some), kills)} the run {how}, and OUTPUT was whole when it had been run again"
-            if own
-            else f"{_of(len(some), kills)} a later fault ended the same run"
-        )
+        followed = f"the run {how}, and OUTPUT was whole when it had been run again"
+        what = followed if own else "a later fault ended the same run"
+        parts.append(f"{_of(len(some), kills)} {what}")
     waited = [kill.recovered_after for kill in kills if kill.recovered_after is not None]
     if waited:
         parts.append(

@@ -7,22 +7,22 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from chaos.faults import AGAIN, ITSELF, Fault
-from chaos.job import Job, Run, make_job
+from chaos.job import Job, Run
 from chaos.nodes import Nodes
 from chaos.plan import Strike
 from chaos.rounds import Commits, Kill, differences
 from tests.running import comparable
 
-LONGEST_RUN_SECONDS = 150.0
+LONGEST_RUN_SECONDS = 90.0
 STORE_BYTES = 80 << 20
-MANY_SHARDS = 56  # their tiles are several times the object store
+HOG_BYTES = 120 << 20
 FULL_DISK = "disk full at OUTPUT"
 FULL_STORE = "object store full"
 FULL_SPILL = "object store full, and the disk that it spills to"
@@ -66,64 +66,77 @@ def disk_full(job: Job, folder: Path, nodes: Nodes, whole: dict[str, bytes], say
         say(f"      {FULL_DISK}: {status}, {kill.phase}, {kill.said}")
         resize(64 << 20)
         run, status = _run(job, output, nodes, folder / "small-2.log")
-        _compare(kill, status, commits, comparable(output), whole)
-        say(f"      with room: {status} {kill.problems}")
+        kill.runs_after = 1
+        if status != 0:
+            kill.problems.append(f"with room it ended with {status}")
+        _compare(kill, commits, comparable(output), whole)
+        say(f"      with room: {status} {kill.problems or 'whole'}")
     return kill
 
 
-def store_full(job: Job, folder: Path, spill_bytes: int | None, say: Say) -> Kill:
+def store_full(
+    job: Job, folder: Path, whole: dict[str, bytes], spill_bytes: int | None, say: Say
+) -> Kill:
     """Spills and goes on; where it cannot spill either, ends with the reason.
 
-    The cluster's object store is smaller than what the job may keep between its stages.
+    Another job keeps the object store of every node full. Nodes of their own: `spill_bytes` is the
+    size of the disk that they spill to (None: that of the machine).
     """
-    many = make_job(folder / "many", MANY_SHARDS)
-    job = replace(many, ranks=job.ranks)
     spill = folder / ("spill" if spill_bytes is None else "small-spill")
     output = folder / f"out-{spill.name}"
     commits = Commits(output)
-    if spill_bytes is None:
-        spill.mkdir()
-        kill = _kill(FULL_STORE, ITSELF, f"object store of {STORE_BYTES >> 20} MiB a node")
-        spilled = _on_small_stores(job, output, spill, kill, folder)
-        kill.phase = f"{spilled >> 20} MiB spilled at most"
-        if not spilled:
-            kill.problems.append("nothing was spilled: the store was not full")
-        if kill.exit_status != 0:
-            kill.problems.append(f"ended with {kill.exit_status}: {kill.said}")
-    else:
-        with small_disk(spill, spill_bytes):
-            kill = _kill(FULL_SPILL, AGAIN, f"{spill}, {spill_bytes >> 20} MiB")
-            spilled = _on_small_stores(job, output, spill, kill, folder)
-            kill.phase = f"{spilled >> 20} MiB spilled at most"
-            if kill.exit_status not in (0, 1):
-                kill.problems.append(f"ended with {kill.exit_status}: {kill.said}")
-    commits.look()
+    store = (
+        f"object store of {STORE_BYTES >> 20} MiB a node, {HOG_BYTES >> 20} MiB held by another job"
+    )
+    with ExitStack() as stack:
+        if spill_bytes is None:
+            spill.mkdir()
+            kill = _kill(FULL_STORE, ITSELF, store)
+        else:
+            stack.enter_context(small_disk(spill, spill_bytes))
+            kill = _kill(FULL_SPILL, AGAIN, f"{store}, {spill_bytes >> 20} MiB to spill to")
+        spilled = _on_full_stores(job, output, spill, kill, folder)
+    kill.phase = f"{commits.look()} committed, {spilled >> 20} MiB spilled at most"
+    if not spilled:
+        kill.problems.append("nothing was spilled: the store was not full")
+    if kill.exit_status not in ((0,) if spill_bytes is None else (0, 1)):
+        kill.problems.append(f"ended with {kill.exit_status}: {kill.said}")
     say(f"      {kill.strike.fault.name}: {kill.exit_status}, {kill.phase}, {kill.said}")
-    nodes = Nodes()
-    try:
-        _, status = _run(job, output, nodes, folder / f"{output.name}-2.log")
-        whole = folder / "whole"
-        if not whole.exists():
-            _run(job, whole, nodes, folder / "whole.log")
-    finally:
-        nodes.shutdown()
-    _compare(kill, status, commits, comparable(output), comparable(whole))
-    say(f"      with room: {status} {kill.problems}")
+    if kill.exit_status != 0:
+        nodes = Nodes()
+        try:
+            kill.runs_after = 1
+            _, status = _run(job, output, nodes, folder / f"{output.name}-2.log")
+        finally:
+            nodes.shutdown()
+        if status != 0:
+            kill.problems.append(f"with room it ended with {status}")
+    _compare(kill, commits, comparable(output), whole)
+    say(f"      {kill.problems or 'whole'}")
     return kill
 
 
-def _on_small_stores(job: Job, output: Path, spill: Path, kill: Kill, folder: Path) -> int:
+def _on_full_stores(job: Job, output: Path, spill: Path, kill: Kill, folder: Path) -> int:
     """Gives the largest number of bytes that lay spilled at once."""
     nodes = Nodes(object_store_memory=STORE_BYTES, object_spilling_directory=str(spill))
     largest = 0
 
     def watch() -> None:
         nonlocal largest
-        sizes = (_size(file) for file in spill.rglob("*"))
-        largest = max(largest, sum(sizes))
+        largest = max(largest, sum(_size(file) for file in spill.rglob("*")))
 
     try:
-        run, kill.exit_status = _run(job, output, nodes, folder / f"{output.name}-1.log", watch)
+        with subprocess.Popen(
+            [sys.executable, "-m", "chaos.hog", str(HOG_BYTES)],
+            env={**os.environ, "RAY_ADDRESS": nodes.address},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as hog:
+            assert hog.stdout is not None
+            if hog.stdout.readline() != b"full\n":
+                kill.problems.append("the other job broke off")
+            run, kill.exit_status = _run(job, output, nodes, folder / f"{output.name}.log", watch)
+            hog.kill()
     finally:
         nodes.shutdown()
     kill.said = run.said()[-1][:300] if kill.exit_status and run.said() else ""
@@ -163,11 +176,8 @@ def _no_traceback(run: Run, kill: Kill) -> None:
 
 
 def _compare(
-    kill: Kill, status: int, commits: Commits, found: dict[str, bytes], whole: dict[str, bytes]
+    kill: Kill, commits: Commits, found: dict[str, bytes], whole: dict[str, bytes]
 ) -> None:
-    kill.runs_after = 1
-    if status != 0:
-        kill.problems.append(f"with room it ended with {status}")
     if changed := commits.changed():
         kill.problems.append(f"computed again: {', '.join(changed)}")
     if found != whole:
