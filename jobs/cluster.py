@@ -125,7 +125,7 @@ def broken_runs_explained() -> Iterator[None]:
     """Turns what Ray raises into one line. The line ends with the cause, not with Ray's account."""
     try:
         yield
-    except (RayError, LedgerError) as error:
+    except (RayError, LedgerError, OSError) as error:
         raise BrokenRunError(
             f"the run broke off: {cause(error)}; what is committed stays, run it again to go on; "
             f"Ray's logs: {log_folder()}"
