@@ -61,10 +61,10 @@ def _worker(words: str) -> Callable[[Run, Nodes, float], str | None]:
     return strike
 
 
-def _driver(run: Run, nodes: Nodes, pick: float) -> str:
+def _driver(run: Run, nodes: Nodes, pick: float) -> str | None:
     run.process.kill()
-    run.process.wait()
-    return f"{run.process.pid} tessera extract"
+    dead = run.process.wait() == -signal.SIGKILL  # else it had ended by itself, just before
+    return f"{run.process.pid} tessera extract" if dead else None
 
 
 def _driver_paused(run: Run, nodes: Nodes, pick: float) -> str | None:

@@ -99,9 +99,10 @@ class Nodes:
             tuple(sorted(g["state"] for g in groups if g["state"] != "REMOVED")),
         )
 
-    def shutdown(self) -> None:
+    def shutdown(self, graceful: bool = True) -> None:
+        """Not graceful where the GCS is dead: there is nobody to say good-bye to."""
         for node in [*self._cluster.worker_nodes, self.head]:
-            node.kill_all_processes(check_alive=False, allow_graceful=True, wait=True)
+            node.kill_all_processes(check_alive=False, allow_graceful=graceful, wait=True)
 
 
 def _exit(signum: int, frame: object) -> NoReturn:

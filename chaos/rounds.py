@@ -102,7 +102,7 @@ class Round:
             for kill in self.kills[:first]:
                 kill.runs_after += kill.recovered_after is None or run.process.returncode != 0
             if any(kill.strike.fault.ends_cluster for kill in struck):
-                self.nodes.shutdown()
+                self.nodes.shutdown(graceful=False)
                 self.nodes = Nodes()
             self.nodes.replace_workers()
             if run.process.returncode == 0:
@@ -184,7 +184,8 @@ class Round:
             problem = "the run ended with 1 and did not say why"
         for kill in struck:
             kill.exit_status = status
-            kill.said = said[-1][:300] if said and status else ""
+            told = [line for line in said if line.startswith("tessera: ")] or said
+            kill.said = told[-1][:300] if told and status == 1 else ""
             kill.ended_after = ended - kill.at
             if problem:
                 kill.problems.append(problem)
