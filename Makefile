@@ -4,13 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-SOURCES := model pipeline jobs tests benchmarks
+SOURCES := model pipeline jobs tests benchmarks chaos
 
-<<<<<<< HEAD
-.PHONY: help demo test test-s3 test-gpu test-pillow audit fmt lint bench bench-gpu full-size clean
-=======
-.PHONY: help demo test test-s3 test-gpu test-pillow fmt lint fuzz bench bench-gpu full-size clean
->>>>>>> hostile
+.PHONY: help demo test test-s3 test-gpu test-pillow audit fmt lint chaos fuzz reliability bench bench-gpu full-size clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -50,6 +46,14 @@ test-pillow: $(VENV)/.installed-dev  ## the golden tiles under the oldest Pillow
 
 audit: $(VENV)/.installed-dev  ## known vulnerabilities of the installed packages, where their data can be reached
 	$(BIN)/python .ci/audit.py
+
+SEED ?= 1
+KILLS ?= 100
+chaos: $(VENV)/.installed-dev  ## strike the main job KILLS times (100), as SEED says; half an hour, Linux
+	$(BIN)/python -m chaos --seed $(SEED) --kills $(KILLS)
+
+reliability: $(VENV)/.installed-dev  ## docs/reliability.md from the results of the fault suites
+	$(BIN)/python -m chaos.reliability
 
 fmt: $(VENV)/.installed-dev  ## format the sources
 	$(BIN)/ruff check --fix --select I --quiet $(SOURCES)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import socket
+import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +38,12 @@ LOCAL_EXTRA_CPUS = 6
 GPU_CHUNK_TILES = 128
 CPU_CHUNK_TILES = 32
 CPU_BUFFER_BYTES = 256 << 20  # about thirteen chunks between the stages
+
+HEAD_LOOK_SECONDS = 2.0
+HEAD_MISSES = 2
+
+RAISED = re.compile(r"[\w.]+(Error|Exception): ")  # the last line of a traceback
+WRAPPED = "ray.exceptions.UserCodeException: "
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,8 @@ def connect(local: bool = False) -> bool:
     else:
         _join(address)
     divert_native_stderr(log_folder() / "tessera-driver.err")
+    head = ray.get_runtime_context().gcs_address
+    threading.Thread(target=tell_of_lost_head, args=(head,), name="head", daemon=True).start()
     return start_here
 
 
@@ -107,6 +119,30 @@ def _join(address: str) -> None:
         raise UserError(f"RAY_ADDRESS {address}: no cluster answers ({reason})") from error
 
 
+def tell_of_lost_head(address: str) -> None:
+    """Says that the head does not answer: Ray's native code will end this process without a word.
+
+    It does so after `gcs_rpc_server_reconnect_timeout_s` (60 s), with exit status 1.
+    """
+    host, _, port = address.rpartition(":")
+    missed, never = 0, threading.Event()
+    while ray.is_initialized():
+        never.wait(HEAD_LOOK_SECONDS)
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), HEAD_LOOK_SECONDS).close()
+            missed = 0
+        except OSError:
+            missed += 1
+        if missed == HEAD_MISSES and ray.is_initialized():
+            print(
+                f"tessera: the head of the Ray cluster ({address}) does not answer; unless it is "
+                "back within a minute this run ends. What is committed stays: start the cluster "
+                "again and run this again",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
 def log_folder() -> Path:
     """Where Ray keeps the logs of this session, on this machine."""
     return Path(ray._private.worker._global_node.get_logs_dir_path())
@@ -121,12 +157,18 @@ def broken_runs_explained() -> Iterator[None]:
         raise BrokenRunError(
             f"the run stops: {error}; what is committed stays, and that run goes on"
         ) from error
-    except (RayError, LedgerError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    except (RayError, LedgerError, OSError) as error:
         raise BrokenRunError(
-            f"the run broke off: {lines[-1] if lines else type(error).__name__}; what is committed "
-            f"stays, run it again to go on; Ray's logs: {log_folder()}"
+            f"the run broke off: {cause(error)}; what is committed stays, run it again to go on; "
+            f"Ray's logs: {log_folder()}"
         ) from error
+
+
+def cause(error: Exception) -> str:
+    """What was raised, on one line: without what Ray Data says about it behind it."""
+    lines = [line.rstrip() for line in str(error).splitlines() if line.strip()]
+    raised = [line for line in lines if RAISED.match(line) and WRAPPED not in line]
+    return [type(error).__name__, *lines[-1:], *raised[-1:]][-1].strip().rstrip(".")
 
 
 def plan_pool(

@@ -25,6 +25,7 @@ from model.config import count_blocks
 from model.split import check_ranks
 from pipeline.chunks import TileSettings
 from pipeline.commits import (
+    COMMITS,
     RUNS,
     Dataset,
     Failure,
@@ -38,7 +39,7 @@ from pipeline.records import Shard
 from pipeline.replica import ReplicaSettings
 from pipeline.samples import ReadSettings
 from pipeline.shards import list_shards, probe_shards
-from pipeline.stock import run_folders, take_stock
+from pipeline.stock import PUBLISHED, run_folders, take_stock
 from pipeline.storage import Storage, explained, join, shared
 from pipeline.writers import FinalizeSettings
 
@@ -254,6 +255,8 @@ def finish_run(
     else:
         runs = run_folders(output, storage)  # this one's, and what tasks of a dead one wrote late
         storage.remove(*(join(output, folder) for folder in runs))
+        for folder in (COMMITS, *PUBLISHED):
+            storage.remove_temporaries(join(output, folder))
 
 
 class Stop:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections import deque
@@ -16,6 +17,8 @@ from pipeline.commits import RUNS
 from pipeline.commits import Progress as ProgressRecord
 from pipeline.dataflow import Tally
 from pipeline.storage import Storage, join
+
+logger = logging.getLogger(__name__)
 
 LINE_SECONDS = 10.0
 RECORD_SECONDS = 10.0
@@ -105,7 +108,10 @@ class Reporter:
             rejects=tally.rejects.total(),
             tiles_per_second=round(self._rate(), 2),
         )
-        self._storage.publish_bytes(self._url, record.dump())
+        try:
+            self._storage.publish_bytes(self._url, record.dump())
+        except OSError as error:  # a full disk fails the shards that need it, not the whole job
+            logger.warning("%s; `tessera status` will not know how far this run is", error)
 
     def _rate(self) -> float:
         (then, before), (moment, tiles) = self._window[0], self._window[-1]

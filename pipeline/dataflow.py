@@ -34,7 +34,7 @@ from pipeline.interruption import FlowStopped, Interruption
 from pipeline.ledger import CompleteShard, Ledger
 from pipeline.long_runs import DropBlockStats, FeedLimit
 from pipeline.records import Part, Shard
-from pipeline.replica import Deaths, Replica, ReplicaSettings
+from pipeline.replica import Replica, ReplicaSettings, remember_deaths
 from pipeline.samples import ReadSettings
 from pipeline.stages import feed_stage, finalize_stage, read_stage, tile_stage, write_stage
 from pipeline.writers import FinalizeSettings
@@ -254,9 +254,7 @@ def build_dataset(shards: Sequence[Shard], settings: FlowSettings) -> Dataset:
     resources: dict[str, float] = (
         {"num_gpus": settings.replica.tensor_parallel} if on_gpu else {"num_cpus": CPU_REPLICA_CPUS}
     )
-    # Made anew where its node dies; what it knew is worth little by then.
-    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Deaths)
-    deaths = actor.remote()
+    deaths = remember_deaths()
     return (
         ray.data.from_arrow(feed_blocks(shards))
         .map_batches(

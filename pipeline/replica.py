@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import ray
 from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from model.checkpoint import open_checkpoint, weights_digest
 from model.errors import CheckpointError
@@ -64,6 +65,24 @@ class Deaths:
 
     def finish(self, chunk_id: str) -> None:
         del self._begun[chunk_id]
+
+
+def remember_deaths() -> ActorHandle:
+    """Starts a `Deaths` that lives as long as the driver: on its node, and again when it dies.
+
+    Anywhere else every replica would fail with the node it happened to be on. One that starts again
+    has forgotten its counts, which only gives a chunk more attempts.
+    """
+    beside_driver = NodeAffinitySchedulingStrategy(
+        ray.get_runtime_context().get_node_id(), soft=False
+    )
+    return (
+        ray.remote(Deaths)
+        .options(
+            num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=beside_driver
+        )
+        .remote()
+    )
 
 
 class Replica:

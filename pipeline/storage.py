@@ -454,6 +454,15 @@ class Storage:
                 self._call(fs, fs.rm, run, recursive=True, what="remove", url=urls[0], waits=600)
         fs.invalidate_cache()
 
+    def remove_temporaries(self, folder: str) -> None:
+        """Removes what workers left that were killed while they wrote a local file.
+
+        Object stores put objects whole: there is nothing to look for.
+        """
+        if isinstance(self.open(folder)[0], LocalFileSystem):
+            files = self.list_files(folder)
+            self.remove(*(join(folder, name) for name in files if TEMPORARY.search(name)))
+
     def _call(
         self,
         fs: fsspec.AbstractFileSystem,

@@ -142,11 +142,11 @@ def _row_groups(
 def _publish(
     path: str, tables: Iterator[pa.Table], schema: pa.Schema, settings: FinalizeSettings
 ) -> PartFile:
-    with tempfile.TemporaryDirectory(prefix="tessera-") as folder:
-        local = Path(folder) / "part"
-        with local.open("wb") as file:
-            sink = HashingSink(file)
-            rows = _write_parquet(sink, tables, schema, settings)
+    with tempfile.TemporaryFile() as file:  # nameless: a killed task leaves nothing on its node
+        sink = HashingSink(file)
+        rows = _write_parquet(sink, tables, schema, settings)
+        file.seek(0)
+        local = Path(f"/dev/fd/{file.fileno()}")
         storage = settings.parts.storage
         storage.publish_file(join(settings.parts.output, path), local)
     return PartFile(path=path, bytes=sink.num_bytes, sha256=sink.digest.hexdigest(), rows=rows)

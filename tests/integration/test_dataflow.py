@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -117,6 +118,24 @@ def test_a_chunk_that_kills_three_replicas_becomes_rejects(
     ]
     assert rejects[0]["message"] == "3 replicas died while they computed this chunk"
     assert pq.read_table(tmp_path / "out/embeddings/good.parquet").num_rows == 6
+
+
+def test_the_memory_of_deaths_may_die_itself(local_ray: None, tmp_path: Path) -> None:
+    write_tar(tmp_path / "in" / "a.tar", samples(200))
+    killed: list[int] = []
+
+    def kill_once(tally: Tally) -> None:
+        if tally.tiles and not killed:
+            for child in psutil.Process().children(recursive=True):
+                if "".join(child.cmdline()).startswith("ray::Deaths"):
+                    child.kill()
+                    killed.append(child.pid)
+
+    tally = run(tmp_path, write_checkpoint(tmp_path / "model"), kill_once)
+
+    assert killed
+    assert (tally.committed, tally.failures) == (1, [])
+    assert pq.read_table(tmp_path / "out/embeddings/a.parquet").num_rows == 200
 
 
 def test_an_output_that_cannot_be_written_fails_its_shard_alone(

@@ -7,7 +7,7 @@ import os
 import random
 import signal
 import subprocess
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import psutil
@@ -25,7 +25,7 @@ from tests.running import comparable, started_cli, wait_until
 
 NUM_SHARDS = 10
 PICTURES = 8
-KILLS = 10
+KILLS = 3  # many more, of every process of a cluster: test_chaos.py and `make chaos`
 OPTIONS = (
     "--tiling",
     "dynamic",
@@ -75,7 +75,7 @@ def kill_driver(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     return tree
 
 
-def test_ten_kills_at_random_moments_change_no_byte(
+def test_kills_of_a_driver_with_its_own_ray_change_no_byte(
     job: tuple[Path, Path], undisturbed: Path, tmp_path: Path
 ) -> None:
     rng = random.Random(20261122)
@@ -164,33 +164,6 @@ def test_a_stopped_job_commits_what_is_complete_and_resumes(
     assert done.returncode == 0, done.stderr
     after = files_below(output / "commits")
     assert {name: after[name] for name in committed} == committed
-    assert comparable(output) == comparable(undisturbed)
-
-
-def test_killed_workers_change_no_byte(
-    job: tuple[Path, Path], undisturbed: Path, tmp_path: Path
-) -> None:
-    """A tiling task and the replica die while the job runs; the job ends well all the same."""
-    output = tmp_path / "out"
-    killed: list[str] = []
-
-    def kill_one(process: subprocess.Popen[bytes], title: str) -> bool:
-        with suppress(psutil.NoSuchProcess):
-            for child in psutil.Process(process.pid).children(recursive=True):
-                if "".join(child.cmdline()).startswith(title):
-                    child.kill()
-                    killed.append(title)
-                    return True
-        return False
-
-    tiling, replica = "ray::MapBatches(tile_stage)", "ray::MapWorker(MapBatches(Replica))"
-    with started(job, output) as process:
-        wait_until(process, lambda: kill_one(process, tiling))
-        wait_until(process, lambda: files_below(output / "commits"))
-        wait_until(process, lambda: kill_one(process, replica))
-        _, stderr = process.communicate(timeout=120)
-        assert process.returncode == 0, stderr.decode()
-    assert killed == [tiling, replica]
     assert comparable(output) == comparable(undisturbed)
 
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 FORBIDDEN = {
     "model": {"pipeline", "jobs", "ray", "fsspec", "s3fs", "webdataset", "pyarrow"},
     "pipeline": {"jobs"},
-    "jobs": {"tests", "benchmarks"},
+    "jobs": {"tests", "benchmarks", "chaos"},
 }
 RAY_IN_PIPELINE = {"attempts.py", "dataflow.py", "interruption.py", "long_runs.py", "replica.py"}
 

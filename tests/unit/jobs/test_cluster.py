@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
-from jobs.cluster import plan_pool
+from jobs.cluster import cause, plan_pool, tell_of_lost_head
 from model.errors import UserError
 
 
@@ -51,3 +53,45 @@ def test_fp8_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"tensor_parallel 17: .* its largest node has 16 CPUs"):
         plan_pool(17, None, "bfloat16", started_here=False)
     assert plan_pool(16, None, "bfloat16", started_here=False).device == "cpu"
+
+
+def test_a_head_that_is_lost_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ray ends a driver without a word then."""
+    monkeypatch.setattr("jobs.cluster.HEAD_LOOK_SECONDS", 0.01)
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        port = head.getsockname()[1]
+        looks = iter([True] * 5 + [False])
+        monkeypatch.setattr("ray.is_initialized", lambda: next(looks))
+        tell_of_lost_head(f"127.0.0.1:{port}")
+        assert capsys.readouterr().err == ""
+    looks = iter([True] * 7 + [False])
+    tell_of_lost_head(f"127.0.0.1:{port}")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        f"tessera: the head of the Ray cluster (127.0.0.1:{port}) does not answer"
+    )
+
+
+def test_a_broken_run_names_what_was_raised() -> None:
+    """As Ray 2.60 words it: the cause, then its own account and advice."""
+    text = """\x1b[36mray::MapWorker(MapBatches(Replica)).submit()\x1b[39m (pid=2752, ip=192.0.2.2)
+  File "/x/pipeline/replica.py", line 115, in __call__
+    deaths = ray.get(self._deaths.begin.remote(chunk_id))
+ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task.
+\tclass_name: Deaths
+The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR
+
+The above exception was the direct cause of the following exception:
+
+\x1b[36mray::MapWorker(MapBatches(Replica)).submit()\x1b[39m (pid=2752, ip=192.0.2.2)
+ray.exceptions.UserCodeException: UDF failed to process a data block.
+To change retry attempts, configure `ray.data.DataContext.get_current()`."""
+    assert cause(RuntimeError(text)) == (
+        "ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task"
+    )
+    assert cause(RuntimeError("part a 000000-000001 came twice")) == (
+        "part a 000000-000001 came twice"
+    )
+    assert cause(RuntimeError()) == "RuntimeError"

@@ -1,8 +1,12 @@
-"""The record of a run stays small, whatever goes wrong in it."""
+"""The record of a run stays small, and a run goes on where it cannot be written."""
 
 from __future__ import annotations
 
+import errno
+import logging
 from pathlib import Path
+
+import pytest
 
 from jobs.progress import RECORDED_FAILURES, Reporter
 from pipeline.commits import Failure, Progress
@@ -26,3 +30,18 @@ def test_a_record_of_few_failures_names_them_all(tmp_path: Path) -> None:
     progress = Progress.parse((tmp_path / "_runs/r/progress.json").read_bytes(), "p")
     assert progress.failures == (Failure(shard="a", reason="gone"),)
     assert progress.more_failures == 0
+
+
+class FullStorage(Storage):
+    def publish_bytes(self, url: str, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, f"cannot write {url}: No space left on device")
+
+
+def test_a_full_disk_is_told_and_does_not_end_the_run(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING), Reporter("/out", "run", FullStorage()) as reporter:
+        reporter.tick(Tally(3))
+        reporter.record(Tally(3), ended=True)
+    assert [record.message for record in caplog.records] == [
+        "[Errno 28] cannot write /out/_runs/run/progress.json: No space left on device; "
+        "`tessera status` will not know how far this run is"
+    ] * 2

@@ -35,6 +35,16 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return made
 
 
+def test_temporaries_of_killed_writers_are_removed(tmp_path: Path) -> None:
+    """As a finalize task leaves them that dies while it writes: the next has other names."""
+    kept = ["embeddings/a.parquet", "embeddings/b.tmp-1/c.parquet", "x.tmp-0123456g"]
+    for name in [*kept, "embeddings/a.parquet.tmp-01ab45ef", "commits/a.json.tmp-00000000"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    Storage().remove_temporaries(str(tmp_path))
+    assert sorted(Storage().list_files(str(tmp_path))) == sorted(kept)
+
+
 @pytest.fixture
 def server() -> Iterator[FaultyServer]:
     with FaultyServer(DATA) as running:

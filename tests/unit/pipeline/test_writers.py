@@ -83,6 +83,27 @@ def test_what_is_published_and_what_the_commit_says(source: Path, tmp_path: Path
     assert commit.truncated_at is None
 
 
+def test_a_task_that_is_killed_leaves_nothing_on_its_node(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is about to be published has no name of its own in the node's temporary folder."""
+    node = tmp_path / "node"
+    node.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(node))
+    seen: list[tuple[int, list[Path]]] = []
+
+    class Watching(Storage):
+        def publish_file(self, url: str, local: Path) -> None:
+            seen.append((local.stat().st_size, list(node.iterdir())))
+            super().publish_file(url, local)
+
+    settings = settings_of(tmp_path / "out")
+    settings = replace(settings, parts=replace(settings.parts, storage=Watching()))
+    commit = finalize_shard(compute(source, settings), settings)
+    assert commit.rejects_part is not None
+    assert seen == [(commit.parts[0].bytes, []), (commit.rejects_part.bytes, [])]
+
+
 def test_values_are_those_of_the_encoder_in_the_tars_order(source: Path, tmp_path: Path) -> None:
     seen: list[np.ndarray] = []
 
