@@ -5,8 +5,10 @@ and end as one:
 
 - a rank that dies, or that makes no progress for `hang_seconds`, ends all of them, rank 0 included:
   a rank that waits inside a collective can be helped in no other way;
-- when rank 0 dies the kernel kills the others (PR_SET_PDEATHSIG); when it is stopped in the middle
-  of a call, they kill it, later than it would have ended itself.
+- a rank that is stopped (SIGSTOP, a frozen process) shows it by a thread of its own that no longer
+  counts: also while it loads, and between two calls;
+- when rank 0 dies the kernel kills the others (PR_SET_PDEATHSIG); when it is stopped they kill it,
+  later than it would have ended itself.
 
 Tiles reach the ranks once, through memory they share. What a rank prints goes to rank 0's stderr
 with the rank's number in front.
@@ -106,7 +108,8 @@ def _join(rank: int, size: int, device: str, beat: Callable[[], None], store: in
 
 
 class SharedMemory:
-    """Memory of all ranks: a count of each one's collectives, and the tiles of one call."""
+    """Memory of all ranks: the tiles of one call, and two counts of each rank, of its collectives
+    and of the rounds of its watching thread."""
 
     def __init__(self, descriptor: int, size: int) -> None:
         self.descriptor = descriptor
@@ -115,6 +118,7 @@ class SharedMemory:
         self._tiles = mmap.mmap(descriptor, BEATS_BYTES)
         beats = mmap.mmap(descriptor, BEATS_BYTES)
         self.beats = np.frombuffer(beats, np.uint64, size)
+        self.rounds = np.frombuffer(beats, np.uint64, size, self.beats.nbytes)
 
     def tiles(self, shape: Sequence[int]) -> npt.NDArray[np.uint8]:
         """uint8 of this shape [n, S, S, 3]; what an earlier call gave is overwritten."""
@@ -149,6 +153,27 @@ class Pulse:
         if beats != self._seen:
             self._seen, self._changed_at = beats, time.monotonic()
         return limit is not None and time.monotonic() - self._changed_at > limit
+
+
+class Stillness:
+    """Tells which ranks have stopped: their watching threads do not go round any more."""
+
+    def __init__(self, rounds: npt.NDArray[np.uint64]) -> None:
+        self._rounds = rounds
+        self._seen = rounds.tolist()
+        self._changed_at = [time.monotonic()] * len(rounds)
+
+    def longer_than(self, limit: float) -> list[int]:
+        """Ranks that have begun to go round, and then not for `limit` seconds."""
+        moment = time.monotonic()
+        for rank, count in enumerate(self._rounds.tolist()):
+            if count != self._seen[rank]:
+                self._seen[rank], self._changed_at[rank] = count, moment
+        return [
+            rank
+            for rank, count in enumerate(self._seen)
+            if count and moment - self._changed_at[rank] > limit
+        ]
 
 
 class ParallelEncoder:
@@ -308,7 +333,9 @@ class _Ranks(threading.Thread):
         for rank in range(1, self._settings.size):
             self._start_rank(rank, selector)
         self._started.set()
+        stillness = Stillness(self._memory.rounds)
         while not self._closing.is_set():
+            self._memory.rounds[0] += 1
             self._hear(selector)
             for rank, process in enumerate(self.processes, 1):
                 if process.poll() is not None:
@@ -317,6 +344,9 @@ class _Ranks(threading.Thread):
             if self._pulse.hung():
                 beats = ", ".join(map(str, self._memory.beats))
                 self._fail(f"no rank makes progress (collectives of each: {beats})", selector)
+                return
+            if still := stillness.longer_than(self._settings.hang_seconds):
+                self._fail(f"rank {still[0]} has stopped", selector)
                 return
         for key in selector.get_map().values():
             os.close(key.fd)
@@ -400,21 +430,27 @@ def main() -> None:
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.INFO)
     memory = SharedMemory(job["memory"], settings.size)
     pulse = Pulse(memory.beats)
-    threading.Thread(target=_watch_parent, args=(pulse, parent), daemon=True).start()
+    patience = 1.5 * settings.hang_seconds
+    watching = (memory, rank, pulse, parent, patience)
+    threading.Thread(target=_watch_parent, args=watching, daemon=True).start()
     encoder = settings.load(rank, _beat(memory, rank), job["store"])
     os.write(job["reply"], b".")
     for line in sys.stdin.buffer:
         shape = json.loads(line)["encode"]
         # Rank 0 is the first to give up; where it cannot, stopped as it is, this one ends it.
-        with pulse.busy(1.5 * settings.hang_seconds):
+        with pulse.busy(patience):
             encoder.encode(memory.tiles(shape))
         os.write(job["reply"], b".")
 
 
-def _watch_parent(pulse: Pulse, parent: int) -> None:
+def _watch_parent(
+    memory: SharedMemory, rank: int, pulse: Pulse, parent: int, patience: float
+) -> None:
+    stillness = Stillness(memory.rounds)
     never = threading.Event()
     while not never.wait(POLL_SECONDS):
-        if pulse.hung():
+        memory.rounds[rank] += 1
+        if pulse.hung() or 0 in stillness.longer_than(patience):
             print("rank 0 makes no progress and does not end itself; it is killed", flush=True)
             os.kill(parent, signal.SIGKILL)
 

@@ -1,10 +1,14 @@
-"""A process that is rank 0, for tests that stop or kill ranks: python -m … CHECKPOINT SIZE HANG.
+"""A process that is rank 0, for tests that stop or kill ranks.
 
-Prints the process ids of the other ranks, then embeds without end; a line after the first time.
+    python -m … CHECKPOINT SIZE HANG on|once
+
+Prints the process ids of the other ranks, then embeds without end, or once and waits; a line after
+the first time.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
 
 import numpy as np
@@ -26,5 +30,7 @@ if __name__ == "__main__":
     tiles = np.zeros((8, side, side, 3), np.uint8)
     encoder.encode(tiles)
     print("embedded", flush=True)
+    while sys.argv[4] == "once":
+        signal.pause()
     while True:
         encoder.encode(tiles)

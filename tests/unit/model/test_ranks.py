@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,12 +15,13 @@ import numpy as np
 import psutil
 import pytest
 
+from model import ranks
 from model.checkpoint import open_checkpoint
 from model.config import Layout
 from model.encoder import Encoder
 from model.errors import UserError
 from model.random_checkpoint import write_random_checkpoint
-from model.ranks import EXIT_RANKS_FAILED, ParallelEncoder
+from model.ranks import EXIT_RANKS_FAILED, ParallelEncoder, Stillness
 from tests.builders import REPOSITORY
 from tests.checkpoints import tiny_config
 
@@ -76,10 +78,12 @@ def test_what_one_encoder_refuses_ranks_refuse_and_leave_no_process(tmp_path: Pa
 
 
 @contextmanager
-def rank_zero(folder: Path, size: int) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+def rank_zero(
+    folder: Path, size: int, how_long: str = "on"
+) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
     """A process that embeds without end, and the other ranks' process ids."""
     write_random_checkpoint(folder, tiny_config("rms_norm", 56), seed=1)
-    arguments = [str(folder), str(size), str(HANG_SECONDS)]
+    arguments = [str(folder), str(size), str(HANG_SECONDS), how_long]
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.unit.model.rank_process", *arguments],
         cwd=REPOSITORY,
@@ -112,8 +116,38 @@ def test_ranks_end_as_one(rank: int, signum: signal.Signals, tmp_path: Path) -> 
         assert process.returncode == -signal.SIGKILL
     else:
         assert process.returncode == EXIT_RANKS_FAILED, stderr
-        said = f"rank {rank} ended" if signum == signal.SIGKILL else "no rank makes progress"
-        assert said in stderr
+        said = (
+            f"rank {rank} ended" if signum == signal.SIGKILL else f"rank {rank} has stopped|no rank"
+        )
+        assert re.search(said, stderr)
+
+
+def test_a_rank_that_stops_between_two_calls_is_noticed(tmp_path: Path) -> None:
+    """Rank 0 has nothing to do for the others: only their watching threads can tell."""
+    for rank in (0, 1):
+        with rank_zero(tmp_path, 2, "once") as (process, pids):
+            others = [psutil.Process(pid) for pid in pids]
+            os.kill([process.pid, *pids][rank], signal.SIGSTOP)
+            process.stdout.close()  # type: ignore[union-attr]
+            _, stderr = process.communicate(timeout=30)
+            assert not psutil.wait_procs(others, timeout=10)[1], "a rank is left behind"
+        expected = -signal.SIGKILL if rank == 0 else EXIT_RANKS_FAILED
+        assert process.returncode == expected, stderr
+        if rank:
+            assert "rank 1 has stopped; all of them end" in stderr
+
+
+def test_ranks_that_have_not_begun_are_not_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    moment = 100.0
+    monkeypatch.setattr(ranks.time, "monotonic", lambda: moment)
+    rounds = np.array([3, 0, 7], np.uint64)
+    stillness = Stillness(rounds)
+    moment += 5
+    rounds[2] += 1
+    assert stillness.longer_than(4.0) == [0]
+    assert stillness.longer_than(6.0) == []
+    moment += 5
+    assert stillness.longer_than(4.0) == [0, 2]
 
 
 def test_what_a_rank_prints_has_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
