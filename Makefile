@@ -6,7 +6,7 @@ TORCH := torch==2.13.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := model pipeline jobs tests benchmarks chaos
 
-.PHONY: help demo test test-s3 test-gpu test-pillow audit fmt lint chaos fuzz reliability bench bench-gpu full-size clean
+.PHONY: help demo test test-s3 test-gpu test-pillow audit fmt lint chaos fault-suites fuzz reliability bench bench-gpu full-size clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -51,6 +51,9 @@ SEED ?= 1
 KILLS ?= 100
 chaos: $(VENV)/.installed-dev  ## strike the main job KILLS times (100), as SEED says; half an hour, Linux
 	$(BIN)/python -m chaos --seed $(SEED) --kills $(KILLS)
+
+fault-suites: $(VENV)/.installed-dev  ## run the suites of storage faults, hostile input and the lease, and count their faults
+	$(BIN)/python -m chaos.suites
 
 reliability: $(VENV)/.installed-dev  ## docs/reliability.md from the results of the fault suites
 	$(BIN)/python -m chaos.reliability

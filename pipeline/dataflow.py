@@ -37,12 +37,14 @@ from pipeline.records import Part, Shard
 from pipeline.replica import Replica, ReplicaSettings, remember_deaths
 from pipeline.samples import ReadSettings
 from pipeline.stages import feed_stage, finalize_stage, read_stage, tile_stage, write_stage
+from pipeline.storage import CredentialsError
 from pipeline.writers import FinalizeSettings
 
 logger = logging.getLogger(__name__)
 
 # Shards in one input block. A block a shard would cost 1.2 s for 1 k shards, 131 s for 100 k.
 FEED_SHARDS = 500
+REFUSED = f"{CredentialsError.__name__}: "  # in the reason of a failure, whichever task had it
 IO_CPUS = 0.25  # reading and writing wait more than they compute
 TILE_CPUS = 1.0
 CPU_REPLICA_CPUS = 0.5  # unlike TILE_CPUS, or Ray would fuse tiling into the actor
@@ -212,6 +214,12 @@ class Flow:
     def _fail(self, name: str, reason: str) -> None:
         logger.error("shard %s is not committed: %s", name, reason)
         self._tally.failures.append(Failure(shard=name, reason=reason))
+        if REFUSED in reason and not self._stop.is_set():
+            logger.error(
+                "the storage refuses the credentials, so every other shard would fail too: the run "
+                "stops; renew them and run it again"
+            )
+            self._stop.set()
 
 
 def _too_many_rejects(shard: CompleteShard, limit: float) -> str | None:

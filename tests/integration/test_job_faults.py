@@ -36,8 +36,8 @@ TRANSIENT = [
 PERMANENT = [
     Rule("404", "GET", "*/in/00000.tar"),
     Rule("flip-answer", "GET", "*/in/00001.tar", at=2000),  # within the first picture
-    Rule("expired", "GET", "*/in/00002.tar"),
 ]
+EXPIRED = [Rule("expired", "GET", "*/in/*")]
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Runs:
     counts: dict[str, int]
     permanent: subprocess.CompletedProcess[str]
     permanent_objects: dict[str, bytes]
+    expired: subprocess.CompletedProcess[str]
     afterwards: subprocess.CompletedProcess[str]
     afterwards_objects: dict[str, bytes]
 
@@ -89,9 +90,20 @@ def runs(
         proxy.rules = PERMANENT
         permanent = extract("out-b", proxy)
         broken = below("out-b")
+        proxy.rules = EXPIRED
+        expired = extract("out-b", proxy)
         proxy.rules = []
         afterwards = extract("out-b", proxy)
-        yield Runs(transient, below("out-a"), counts, permanent, broken, afterwards, below("out-b"))
+        yield Runs(
+            transient,
+            below("out-a"),
+            counts,
+            permanent,
+            broken,
+            expired,
+            afterwards,
+            below("out-b"),
+        )
 
 
 def comparable(objects: dict[str, bytes]) -> dict[str, bytes]:
@@ -116,21 +128,34 @@ def test_faults_that_last_are_told_shard_by_shard(runs: Runs) -> None:
     assert runs.permanent.returncode == 1, runs.permanent.stderr
     assert "Traceback" not in runs.permanent.stderr
     failures = json.loads(runs.permanent.stdout)["failures"]
-    assert sorted(failures) == ["00000", "00001", "00002"]
+    assert sorted(failures) == ["00000", "00001"]
     assert "in/00000.tar is not there" in failures["00000"]
     assert "in/00001.tar: damaged on the way: what came has md5" in failures["00001"]
-    assert failures["00002"].startswith("CredentialsError: cannot read at offset 0 s3://")
     published = [name for name in runs.permanent_objects if not name.startswith("_runs/")]
     assert sorted(published) == [
+        "commits/00002.json",
         "commits/00003.json",
         "dataset.json",
+        "embeddings/00002.parquet",
         "embeddings/00003.parquet",
+        "rejects/00002.parquet",
         "rejects/00003.parquet",
     ]
+
+
+def test_credentials_that_expire_stop_the_run(runs: Runs) -> None:
+    assert runs.expired.returncode == 1, runs.expired.stderr
+    told = json.loads(runs.expired.stdout)
+    assert told["committed"] == 0
+    assert set(told["failures"]) <= {"00000", "00001"}
+    for reason in told["failures"].values():
+        assert reason.startswith("CredentialsError: cannot read at offset 0 s3://")
+        assert "ExpiredToken" in reason
+    assert runs.expired.stderr.count("the storage refuses the credentials") == 1
 
 
 def test_the_next_run_makes_it_good(runs: Runs) -> None:
     assert runs.afterwards.returncode == 0, runs.afterwards.stderr
     told = json.loads(runs.afterwards.stdout)
-    assert (told["committed_before"], told["committed"]) == (1, 3)
+    assert (told["committed_before"], told["committed"]) == (2, 2)
     assert len(runs.afterwards_objects) == 1 + 3 * NUM_SHARDS
