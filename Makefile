@@ -28,7 +28,8 @@ demo: $(VENV)/.installed  ## install, then run the main job on the pictures that
 	$(BIN)/tessera demo
 
 test: lint  ## format, lint, types and the quick suite (no GPU, no network but loopback)
-	$(BIN)/pytest -m "not gpu and not ceph"
+	$(BIN)/pytest -n 2 -m "not gpu and not ceph" tests/unit tests/hostile tests/security
+	$(BIN)/pytest -m "not gpu and not ceph" tests/integration
 
 test-s3: $(VENV)/.installed-dev  ## the storage suite against Ceph's S3 server (Debian: radosgw ceph-mon ceph-osd)
 	$(BIN)/pytest -m ceph

@@ -13,7 +13,7 @@ import pytest
 
 from tests.builders import picture, run_cli, sample, samples, tar_bytes, write_checkpoint
 from tests.fault_proxy import FaultProxy, Rule
-from tests.s3 import S3_SERVERS, S3Server
+from tests.s3 import S3Server
 
 NUM_SHARDS = 4
 TRANSIENT = [
@@ -54,13 +54,12 @@ class Runs:
     afterwards_objects: dict[str, bytes]
 
 
-@pytest.fixture(scope="module", params=S3_SERVERS)
+@pytest.fixture(scope="module")
 def runs(
-    request: pytest.FixtureRequest,
     s3_server: Callable[[str], S3Server],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Runs]:
-    server = s3_server(request.param)
+    server = s3_server("moto")
     model = write_checkpoint(tmp_path_factory.mktemp("model") / "model")
     bucket = f"jobs-{secrets.token_hex(4)}"
     shards = {
