@@ -14,7 +14,7 @@ from tests.builders import REPOSITORY, picture, sample, write_checkpoint, write_
 NUM_SHARDS = 24
 PICTURES = 10
 BAD_EVERY = 4  # one shard in so many holds a picture that breaks off
-IMAGE_SIZE = 224
+IMAGE_SIZE = 336  # the replica is at work for some ten seconds, so that strikes find it there
 RANK_PATIENCE_SECONDS = 5.0  # users have 120
 OPTIONS = (
     *("--tiling", "dynamic", "--max-tiles", "2", "--dtype", "float32"),

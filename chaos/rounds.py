@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from chaos.faults import REPLICA
@@ -98,6 +98,8 @@ class Round:
             first = len(self.kills)
             self._follow(run, strikes)
             struck = self.kills[first:]
+            if strikes and not struck and self._reference is not None:
+                strikes[0] = replace(strikes[0], working=False, delay_seconds=0.0)  # it came late
             self._judge(run, struck)
             for kill in self.kills[:first]:
                 kill.runs_after += kill.recovered_after is None or run.process.returncode != 0
