@@ -122,6 +122,7 @@ def test_two_at_once(
     output = tmp_path / "out"
     with started(job, output) as first:
         wait_until(first, lambda: files_below(output / "commits"))
+        first.send_signal(signal.SIGSTOP)  # or it might be done before the others have started
         second = run_cli("extract", job[0], output, "--model", job[1], *OPTIONS, timeout=30)
         assert second.returncode == 2
         assert second.stderr.startswith(f"tessera: {output}: another run is at work there (process")

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
 from pipeline import forward_reader, s3
@@ -437,6 +438,7 @@ class TestCredentials:
         self, s3: S3Server, bucket: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Ceph tells a wrong secret; for moto the proxy refuses the old key."""
+        fsspec.get_filesystem_class("s3").clear_instance_cache()  # not the client of another server
         old = {**s3.environment, "AWS_ENDPOINT_URL": proxy.endpoint}
         if s3.checks_secrets:
             old["AWS_SECRET_ACCESS_KEY"] = "wrong"
