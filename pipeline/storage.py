@@ -484,7 +484,7 @@ class Storage:
                 refusal = refusal_of_credentials(fault)
                 if refusal is not None and s3.is_s3(fs) and not renewed and attempt < ATTEMPTS:
                     renewed = True  # they may have been, on this machine, since the last look
-                    logger.warning("%s %s: access refused (%s); credentials are looked up again",
+                    logger.info("%s %s: access refused (%s); credentials are looked up again",
                                    what, redact(url), refusal)  # fmt: skip
                     _renew_credentials(fs)
                     continue
