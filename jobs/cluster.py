@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import re
+import select
 import socket
+import struct
 import sys
 import threading
 import warnings
@@ -41,6 +43,7 @@ CPU_BUFFER_BYTES = 256 << 20  # about thirteen chunks between the stages
 
 HEAD_LOOK_SECONDS = 2.0
 HEAD_MISSES = 2
+RAYLET_LOOK_SECONDS = 1.0  # until `ray.shutdown()` is noticed; a death is at once
 
 RAISED = re.compile(r"[\w.]+(Error|Exception): ")  # the last line of a traceback
 WRAPPED = "ray.exceptions.UserCodeException: "
@@ -89,6 +92,10 @@ def connect(local: bool = False) -> bool:
     divert_native_stderr(log_folder() / "tessera-driver.err")
     head = ray.get_runtime_context().gcs_address
     threading.Thread(target=tell_of_lost_head, args=(head,), name="head", daemon=True).start()
+    if sys.platform == "linux":
+        raylet = ray._private.worker._global_node.raylet_socket_name
+        watch = threading.Thread(target=tell_of_lost_raylet, args=(raylet,), daemon=True)
+        watch.start()
     return start_here
 
 
@@ -141,6 +148,29 @@ def tell_of_lost_head(address: str) -> None:
                 file=sys.stderr,
                 flush=True,
             )
+
+
+def tell_of_lost_raylet(path: str) -> None:
+    """Says that this node's raylet, which listens at `path`, is dead: Ray's native code ends this
+    process a moment later, with exit status 1 and without a word.
+    """
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.connect(path)
+        peer = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    descriptor = os.pidfd_open(struct.unpack("3i", peer)[0])
+    try:
+        while ray.is_initialized():
+            if select.select([descriptor], [], [], RAYLET_LOOK_SECONDS)[0]:
+                break
+    finally:
+        os.close(descriptor)
+    if ray.is_initialized():
+        print(
+            "tessera: Ray's process on this node (the raylet) is gone, and this run ends with it. "
+            "What is committed stays: start Ray on this node again and run this again",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def log_folder() -> Path:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from jobs.cluster import cause, plan_pool, tell_of_lost_head
+from jobs.cluster import cause, plan_pool, tell_of_lost_head, tell_of_lost_raylet
 from model.errors import UserError
 
 
@@ -72,6 +75,46 @@ def test_a_head_that_is_lost_is_told_once(
     assert line.startswith(
         f"tessera: the head of the Ray cluster (127.0.0.1:{port}) does not answer"
     )
+
+
+LISTEN = """
+import socket, sys
+server = socket.socket(socket.AF_UNIX)
+server.bind(sys.argv[1])
+server.listen()
+print("up", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("dies", [True, False])
+def test_a_raylet_that_is_lost_is_told(
+    dies: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("jobs.cluster.RAYLET_LOOK_SECONDS", 0.01)
+    path = str(tmp_path / "raylet")
+    with subprocess.Popen(
+        [sys.executable, "-c", LISTEN, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as raylet:
+        assert raylet.stdout is not None
+        assert raylet.stdout.readline() == b"up\n"
+        looks = iter([True] * 5)
+
+        def is_initialized() -> bool:
+            if dies:
+                raylet.kill()
+                return True
+            return next(looks, False)
+
+        monkeypatch.setattr("ray.is_initialized", is_initialized)
+        tell_of_lost_raylet(path)
+        raylet.kill()
+    said = capsys.readouterr().err
+    assert said.startswith("tessera: Ray's process on this node (the raylet) is gone") == dies
+    assert said.count("\n") == dies
 
 
 def test_a_broken_run_names_what_was_raised() -> None:
