@@ -56,7 +56,7 @@ def _worker(words: str) -> Callable[[Run, Nodes, float], str | None]:
             return None
         pid = pids[int(pick * len(pids))]
         said = kill_at_work(pid, words)
-        return said and f"{pid} {said[:60]}"
+        return said and f"{pid} {said[said.index(words) :][:60]}"
 
     return strike
 
@@ -83,7 +83,7 @@ def _rank_stopped(run: Run, nodes: Nodes, pick: float) -> str | None:
     for pid in at_work("model.ranks"):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGSTOP)
-            return f"{pid} {title(pid)[:60]}"
+            return f"{pid} model.ranks"
     return None
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from tests.builders import picture, run_cli, sample, samples, tar_bytes, write_checkpoint
 from tests.fault_proxy import FaultProxy, Rule
+from tests.running import without_times
 from tests.s3 import S3Server
 
 NUM_SHARDS = 4
@@ -105,22 +106,11 @@ def runs(
         )
 
 
-def comparable(objects: dict[str, bytes]) -> dict[str, bytes]:
-    """Every object as it is; of a commit, all but when and how fast."""
-    same = dict(objects)
-    for name, data in objects.items():
-        if name.startswith("commits/"):
-            commit = json.loads(data)
-            del commit["seconds"], commit["committed_at"]
-            same[name] = json.dumps(commit).encode()
-    return same
-
-
 def test_faults_that_pass_leave_no_trace(runs: Runs) -> None:
     assert runs.transient.returncode == 0, runs.transient.stderr
     assert set(runs.counts) >= {rule.fault for rule in TRANSIENT}
     assert len(runs.transient_objects) == 1 + 3 * NUM_SHARDS
-    assert comparable(runs.transient_objects) == comparable(runs.afterwards_objects)
+    assert without_times(runs.transient_objects) == without_times(runs.afterwards_objects)
 
 
 def test_faults_that_last_are_told_shard_by_shard(runs: Runs) -> None:

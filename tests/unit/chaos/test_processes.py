@@ -19,7 +19,8 @@ WORK = "tessera-chaos-at-this-work"
 @pytest.fixture
 def worker() -> Iterator[subprocess.Popen[bytes]]:
     with subprocess.Popen(
-        [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)", WORK],
+        [sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()", WORK],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     ) as process:
         assert process.stdout is not None
