@@ -178,7 +178,7 @@ class Round:
         ended, status, said = time.monotonic(), run.process.returncode, run.said()
         may_end = any(kill.strike.fault.ends_run for kill in struck)
         problem = ""
-        if any(line.startswith("Traceback") for line in said):
+        if run.shows_traceback():
             problem = "the driver showed a traceback"
         elif status not in ((0, 1, -9) if may_end else (0,)):
             problem = f"the run ended with {status}: {said[-1] if said else 'it said nothing'}"

@@ -171,7 +171,7 @@ def _kill(name: str, promised: str, victim: str) -> Kill:
 
 
 def _no_traceback(run: Run, kill: Kill) -> None:
-    if any(line.startswith("Traceback") for line in run.said()):
+    if run.shows_traceback():
         kill.problems.append("the driver showed a traceback")
 
 
