@@ -20,8 +20,9 @@ from model.checkpoint import open_checkpoint
 from model.config import Layout
 from model.encoder import Encoder
 from model.errors import UserError
+from model.pulse import Stillness
 from model.random_checkpoint import write_random_checkpoint
-from model.ranks import EXIT_RANKS_FAILED, ParallelEncoder, Stillness
+from model.ranks import EXIT_RANKS_FAILED, ParallelEncoder
 from tests.builders import REPOSITORY
 from tests.checkpoints import tiny_config
 
