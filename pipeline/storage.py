@@ -23,6 +23,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 import fsspec
+from botocore.exceptions import BotoCoreError
 from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
@@ -160,6 +161,8 @@ class Storage:
             raise StorageError(f"{redact(url)}: cannot be opened: {words(error)}") from error
         except NO_CREDENTIALS as error:
             raise CredentialsError(words(error)) from error
+        except BotoCoreError as error:  # a profile that is not there, a file that cannot be parsed
+            raise StorageError(f"{redact(url)}: cannot be opened: {words(error)}") from error
         if protocol in ("s3", "s3a"):
             fs.retries = S3_TRIES
         return fs, path

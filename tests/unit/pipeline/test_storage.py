@@ -294,6 +294,12 @@ class TestWords:
             ("s3://key:secret@bucket/a.tar", "s3://bucket/a.tar"),
             ("s3://bucket/a b?c.tar", "s3://bucket/a b?c.tar"),
             ("/data/a@b?.tar", "/data/a@b?.tar"),
+            ("s3://bucket/a#b.tar", "s3://bucket/a#b.tar"),
+            ("s3://bucket/a.tar?versionId=7", "s3://bucket/a.tar"),
+            ("gs://bucket/a.tar?X-Goog-Signature=abc", "gs://bucket/a.tar"),
+            ("simplecache::https://u:pw@h/a.tar?sig=S", "simplecache::https://h/a.tar"),
+            ("zip://a.tar::s3://k:s@bucket/a.zip", "zip://a.tar::s3://bucket/a.zip"),
+            ("http://[x/out?sig=S", "http://…"),
         ],
     )
     def test_redact(self, url: str, shown: str) -> None:
