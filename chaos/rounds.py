@@ -213,6 +213,8 @@ class Round:
             self.problems.append(f"left behind: {left}")
         for problem in self.problems:
             self._say(f"      PROBLEM: {problem}")
+            for kill in self.kills:  # nobody knows which of them it was
+                kill.problems.append(f"in its round: {problem}")
 
     def _lingering(self) -> str:
         processes = [f"{pid} {title(pid)[:60]}" for words in TITLES for pid in at_work(words)]

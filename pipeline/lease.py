@@ -107,7 +107,9 @@ class Lease:
             return
         try:
             runs = join(self._output, RUNS)
-            names = [name for name in self._storage.list_folder(runs) if self._is_over(name)]
+            names = [
+                name for name in self._storage.iter_files(runs, depth=1) if self._is_over(name)
+            ]
             self._storage.remove(*(join(runs, name) for name in [*names, _mark(self._holder.run)]))
             self._storage.remove_empty(runs)
         except OSError as error:
@@ -227,7 +229,7 @@ def _mark(run: str) -> str:
 def _mark_as_held(output: str, run: str, storage: Storage) -> None:
     """Sets this run's mark, and removes those of the runs that it succeeds."""
     runs = join(output, RUNS)
-    marks = [name for name in storage.list_folder(runs) if name.startswith(MARK)]
+    marks = [name for name in storage.iter_files(runs, depth=1) if name.startswith(MARK)]
     storage.remove(*(join(runs, name) for name in marks))
     storage.publish_bytes(join(runs, _mark(run)), b"")
 
@@ -272,7 +274,7 @@ def _decides(url: str, holder: Holder, storage: Storage) -> bool:
 
 
 def _numbers(output: str, storage: Storage) -> list[int]:
-    names = storage.list_folder(join(output, RUNS))
+    names = storage.iter_files(join(output, RUNS), depth=1)
     return [int(match[1]) for name in names if (match := LEASE.fullmatch(name))]
 
 

@@ -157,7 +157,7 @@ class Part:
     """The small row that the driver sees for a chunk that was written.
 
     `rejects` counts them by `stage/code`. A part that could not be written says why in `failure`.
-    `crc32` is that of the file: nothing but an empty one has 0.
+    `crc32` is that of the file.
     """
 
     head: Head

@@ -418,16 +418,6 @@ class Storage:
         if (arrived := self.info(url).size) != size:
             raise OSError(f"{redact(url)}: {arrived} of {size} bytes arrived")
 
-    def list_folder(self, folder: str) -> list[str]:
-        """Names right below a folder, sorted; empty if there is none."""
-        fs, path = self.open(folder)
-        fs.invalidate_cache()
-        try:
-            found = self._call(fs, fs.ls, path, detail=False, what="list", url=folder, waits=60)
-        except FileNotFoundError:
-            return []
-        return sorted(name.rstrip("/").rpartition("/")[2] for name in found)
-
     def remove_empty(self, folder: str) -> None:
         """Removes a local folder where nothing is in it; stores have no folders."""
         fs, path = self.open(folder)

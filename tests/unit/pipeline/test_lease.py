@@ -77,8 +77,8 @@ def put(place: tuple[Storage, str], number: int, who: Holder) -> None:
 
 
 def leases(place: tuple[Storage, str]) -> list[str]:
-    names = place[0].list_folder(f"{place[1]}/_runs")
-    return [name for name in names if not name.startswith("held-")]
+    names = place[0].iter_files(f"{place[1]}/_runs", depth=1)
+    return sorted(name for name in names if not name.startswith("held-"))
 
 
 def test_a_lease_is_there_while_it_is_held_and_gone_after(place: tuple[Storage, str]) -> None:
