@@ -82,6 +82,11 @@ class Lease:
         """Whether another run is known to have taken OUTPUT over."""
         return self._lost is not None
 
+    @property
+    def number(self) -> int:
+        """Of the leases of OUTPUT; see `refuse_if_lost`."""
+        return self._number
+
     def check(self) -> None:
         """Raises LeaseLostError where the loss is known already. Asks no storage."""
         if self._lost is not None:
@@ -216,6 +221,18 @@ def acquire(
             _mark_as_held(output, run, storage)
             return Lease(output, number, holder, storage)
         watched = None  # somebody else was faster: that one is looked at now
+
+
+def refuse_if_lost(output: str, number: int, storage: Storage) -> None:
+    """For the tasks of a run, which have its number alone: to be called right before a commit.
+
+    Raises:
+        LeaseLostError: another run has taken OUTPUT over, or has come and ended.
+    """
+    if storage.exists(lease_url(output, number + 1)):
+        raise LeaseLostError(f"{redact(output)}: another run has taken it over")
+    if not storage.exists(lease_url(output, number)):
+        raise LeaseLostError(f"{redact(output)}: this run's lease is gone")
 
 
 def lease_url(output: str, number: int) -> str:

@@ -123,7 +123,11 @@ class ShardEnd:
 
 @dataclass(frozen=True)
 class Head:
-    """The small fields of every row: whose run of samples or tiles this is."""
+    """The small fields of every row: whose run of samples or tiles this is.
+
+    `version` is the object that was read, as the store calls it. `failure` says why nothing came of
+    this run, so that its shard must not be committed.
+    """
 
     shard: str
     url: str
@@ -133,6 +137,8 @@ class Head:
     end: ShardEnd | None = None
     seconds: Seconds = field(default_factory=Seconds)
     compute: Compute | None = None
+    version: str = ""
+    failure: str | None = None
 
     @property
     def chunk_id(self) -> str:

@@ -177,7 +177,14 @@ def read_groups(shard: Shard, settings: ReadSettings) -> Iterator[GroupRow]:
     def row(end: ShardEnd | None = None) -> GroupRow:
         seconds = Seconds(read=time.perf_counter() - began)
         return GroupRow(
-            Head(shard.name, shard.url, group.number, end=end, seconds=seconds),
+            Head(
+                shard.name,
+                shard.url,
+                group.number,
+                end=end,
+                seconds=seconds,
+                version=f"{size} {etag}",
+            ),
             pa.Table.from_pylist(group.rows, schema),
             rejects_table(group.rejects),
         )

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from pipeline.commits import Commit, Computed, PartFile, Source, StageSeconds, commit_url
 from pipeline.embedding import PartSettings, part_folder, read_part
+from pipeline.lease import refuse_if_lost
 from pipeline.ledger import CompleteShard
 from pipeline.records import (
     REJECT_SCHEMA,
@@ -32,11 +33,13 @@ ROW_GROUP_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class FinalizeSettings:
-    """fingerprint: of the dataset; target_part_bytes: size above which output is cut."""
+    """fingerprint: of the dataset; target_part_bytes: size above which output is cut; lease: the
+    number of the run's lease (None: OUTPUT is nobody else's)."""
 
     parts: PartSettings
     fingerprint: str
     target_part_bytes: int
+    lease: int | None = None
 
 
 class HashingSink:
@@ -102,6 +105,8 @@ def finalize_shard(shard: CompleteShard, settings: FinalizeSettings) -> Commit:
         seconds=StageSeconds(**{k: round(v, 3) for k, v in asdict(seconds).items()}),
         committed_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+    if settings.lease is not None:
+        refuse_if_lost(parts.output, settings.lease, parts.storage)
     parts.storage.publish_bytes(commit_url(parts.output, shard.name), commit.dump())
     parts.storage.remove(join(parts.folder, part_folder(shard.name)))
     return commit

@@ -18,7 +18,7 @@ from pipeline import isolation
 from pipeline.chunks import Chunk
 from pipeline.isolation import IsolatedDecoder, IsolationError
 from pipeline.pictures import PictureError
-from pipeline.stages import EXIT_SHORT
+from pipeline.stages import EXIT_SHORT, MOST_DEATHS
 from pipeline.tiling import Tiling, cut_tiles, picture_size, plan_tiles
 from tests.builders import REPOSITORY, picture, write_tar
 from tests.data.make_tiling_pictures import FOLDER
@@ -226,8 +226,13 @@ def test_a_child_that_does_not_start_blames_no_picture(
     monkeypatch.setattr(os, "_exit", end)
     path = write_tar(tmp_path / "s.tar", [("0.jpg", IMAGE)])
     with pytest.raises(SystemExit):
-        run_stages(path, attempts=CountedAttempts(1))
+        run_stages(path, attempts=CountedAttempts(MOST_DEATHS - 1))
     assert ended == [EXIT_SHORT]
+    (chunk,) = run_stages(path, attempts=CountedAttempts(MOST_DEATHS))  # it does not go on for ever
+    assert chunk.head.failure == "10 workers died over its group 0; run the job again"
+    assert chunk.head.last_chunk
+    assert chunk.head.end is not None
+    assert (chunk.rows.num_rows, chunk.rejects.num_rows, len(chunk.tiles)) == (0, 0, 0)
 
 
 def test_no_child_is_left(fragile: IsolatedDecoder) -> None:
