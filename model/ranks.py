@@ -40,6 +40,7 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]
 from model.attention import Choice
 from model.checkpoint import Checkpoint, open_checkpoint
 from model.encoder import DType, Encoder
+from model.errors import UserError
 from model.group import Group, distributed_group
 from model.pulse import Pulse, SharedMemory, Stillness
 from model.split import check_ranks
@@ -151,7 +152,12 @@ class ParallelEncoder:
                 self._encoder = settings.load(0, _beat(self._memory, 0), store)
                 self._ranks.gather()
             self._ranks.loaded = True
+        except UserError:
+            self.close()
+            raise
         except BaseException:
+            # As in `encode`; while ranks load, their watcher waits before it ends them.
+            self._ranks.join(2 * GRACE_SECONDS)
             self.close()
             raise
 
