@@ -19,6 +19,7 @@ from pipeline.commits import (
     read_dataset,
 )
 from pipeline.storage import Storage, explained, join
+from pipeline.versions import current, current_version
 
 STAGES = ("read", "tile", "embed", "write")
 LINE_SECONDS = 5.0
@@ -26,8 +27,10 @@ LINE_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Status:
-    """`progress` is None when the last run ended well: nothing is then left of it."""
+    """`progress` is None when the last run ended well: nothing is then left of it. `version` is the
+    one that `current.json` names, None where OUTPUT itself is what is read."""
 
+    version: str | None
     dataset: Dataset
     committed: int
     samples: int
@@ -52,6 +55,8 @@ def read_status(output: str, storage_options: Mapping[str, Any]) -> Status:
         UserError: OUTPUT is none of ours, or cannot be read.
     """
     storage = Storage(storage_options)
+    version = current_version(output, storage)
+    output = current(output, storage)
     dataset = read_dataset(output, storage)
     totals: Counter[str] = Counter()
     seconds = dict.fromkeys(STAGES, 0.0)
@@ -66,6 +71,7 @@ def read_status(output: str, storage_options: Mapping[str, Any]) -> Status:
                 seconds[stage] += getattr(commit.seconds, stage)
         progress = _newest_progress(output, storage)
     return Status(
+        version=version,
         dataset=dataset,
         committed=len(shards),
         samples=totals["samples"],

@@ -45,7 +45,7 @@ from pipeline.faults import CredentialsError as CredentialsError
 from pipeline.faults import redact as redact
 from pipeline.local_files import BLOCK_BYTES, create_local, files_below, publish_local
 from pipeline.s3 import ObjectChangedError as ObjectChangedError
-from pipeline.s3_listing import list_objects, list_side_by_side, read_dates_quickly
+from pipeline.s3_listing import list_entries, list_objects, list_side_by_side, read_dates_quickly
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -293,6 +293,30 @@ class Storage:
                 sizes = {name.removeprefix(root): int(e["size"]) for name, e in found.items()}
         return sizes
 
+    def list_infos(self, folder: str, first: str, last: str) -> dict[str, FileInfo]:
+        """What an S3 listing tells of the files right below a folder whose names lie between two.
+
+        By name; empty if there is none. Checksums are not told.
+        """
+        fs, path = self.open(folder)
+        assert s3.is_s3(fs)
+        bucket, prefix, _ = fs.split_path(path.rstrip("/") + "/")
+        # Only what is behind a key can be asked for, so from the longest one before the first.
+        bounds = [prefix + first[:-1], prefix + last] if first else []
+        run = list_side_by_side(bounds, bucket)
+        after, until = run[1] if len(run) > 1 else ("", None)
+        infos = {}
+        with suppress(FileNotFoundError):
+            entries = list_entries(
+                self._request(fs, folder), bucket, prefix, after=after, until=until
+            )
+            for entry in entries:
+                name = entry["Key"].removeprefix(prefix)
+                if "/" not in name:
+                    etag = str(entry.get("ETag", "")).strip('"') or None
+                    infos[name] = FileInfo(int(entry["Size"]), etag)
+        return infos
+
     def list_names(self, folder: str, bounds: Sequence[str]) -> list[str]:
         """Every file below a folder, in no order. On S3, whose pages come one after the other, the
         runs between some `bounds` (paths below the folder, in order) are listed side by side.
@@ -348,6 +372,11 @@ class Storage:
         bucket, prefix, _ = fs.split_path(start)
         if not bucket:
             raise StorageError(f"{redact(url)}: a bucket must be named, without wildcards")
+        for key, size in list_objects(self._request(fs, url), bucket, prefix, **which):
+            yield f"{bucket}/{key}", size
+
+    def _request(self, fs: fsspec.AbstractFileSystem, url: str) -> Callable[..., dict[str, Any]]:
+        """One page of a listing, tried again by itself."""
         read_dates_quickly(fs)
 
         def request(**options: Any) -> dict[str, Any]:
@@ -356,8 +385,7 @@ class Storage:
             )
             return page
 
-        for key, size in list_objects(request, bucket, prefix, **which):
-            yield f"{bucket}/{key}", size
+        return request
 
     def publish_bytes(self, url: str, data: bytes) -> None:
         """Puts an object whole, replacing what had its name."""
