@@ -141,7 +141,7 @@ def look(
         commits = read_commits(folder, sorted(committed), storage)
         infos = source_infos(request.shards, storage)
         found = compare(request.shards, infos, commits, dataset.fingerprint, wishes.rejects)
-    rates = Rates.of(found.totals.values())
+    rates = Rates.of(sums for kind, sums in found.totals.items() if kind != "new")
     read_now = current(output, storage)
     if not committed and read_now != folder:
         rates = rates_of_another(read_now, dataset, storage)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.comparison import CLASSES, Comparison, Totals
-from pipeline.storage import redact
+from pipeline.printable import printable
 
 MEANING = {
     "new": "embedded",
@@ -114,10 +114,9 @@ def show_plan(plan: ReindexPlan, prune: bool, on_stderr: bool) -> None:
             "?" if sums.device_hours is None else f"{sums.device_hours:.3g}",
             PRUNED if name == "vanished" and prune else MEANING[name],
         )
-    console.print(f"output  {redact(plan.folder)}", highlight=False, markup=False, soft_wrap=True)
+    lines = [f"output  {printable(plan.folder)}"]
     if plan.switches:
-        console.print(
-            "readers are led there when all of INPUT is committed; till then they have the old "
-            "data", highlight=False, markup=False, soft_wrap=True,
-        )  # fmt: skip
+        lines.append("readers are led there when all of INPUT is committed, and not before")
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(table, highlight=False)

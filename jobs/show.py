@@ -71,7 +71,8 @@ def show_reindexed(done: Reindexed) -> None:
         if shards:
             console.print(f"{name}: {len(shards)} shards", highlight=False)
     if done.switched:
-        console.print(f"readers are led to {done.plan.folder} now", highlight=False, markup=False)
+        line = printable(f"readers are led to {done.plan.folder} now")
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _counts(rejects: dict[str, int]) -> str:

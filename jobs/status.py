@@ -30,7 +30,6 @@ class Status:
     """`progress` is None when the last run ended well: nothing is then left of it. `version` is the
     one that `current.json` names, None where OUTPUT itself is what is read."""
 
-    version: str | None
     dataset: Dataset
     committed: int
     samples: int
@@ -39,6 +38,7 @@ class Status:
     output_bytes: int
     seconds: Mapping[str, float]
     progress: Progress | None
+    version: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -71,7 +71,6 @@ def read_status(output: str, storage_options: Mapping[str, Any]) -> Status:
                 seconds[stage] += getattr(commit.seconds, stage)
         progress = _newest_progress(output, storage)
     return Status(
-        version=version,
         dataset=dataset,
         committed=len(shards),
         samples=totals["samples"],
@@ -80,6 +79,7 @@ def read_status(output: str, storage_options: Mapping[str, Any]) -> Status:
         output_bytes=totals["bytes"],
         seconds={stage: round(spent, 3) for stage, spent in seconds.items()},
         progress=progress,
+        version=version,
     )
 
 
