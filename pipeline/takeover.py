@@ -68,8 +68,8 @@ class CommittedRows:
             rows = file.read_row_group(row_group, columns=columns, use_threads=False)
             starts = np.flatnonzero(rows["tile_index"].to_numpy() == 0)
             counts = rows["tile_count"].to_numpy()[starts]
-            ends = np.append(starts[1:], rows.num_rows)
-            if not np.array_equal(ends - starts, counts) or (len(starts) and starts[0] != 0):
+            bounds = np.append(starts, rows.num_rows)
+            if bounds[0] != 0 or not np.array_equal(np.diff(bounds), counts):
                 raise PartError("its rows do not stand picture by picture")
             digests = rows["image_sha256"].take(pa.array(starts)).to_pylist()
             for digest, start, count in zip(digests, starts, counts, strict=True):

@@ -212,6 +212,14 @@ def out_of_order(commit: Commit, path: Path) -> Commit:
     return with_bytes_of(commit, path)
 
 
+def without_first_tile(commit: Commit, path: Path) -> Commit:
+    table = pq.read_table(path)
+    table = table.slice(table["tile_index"].to_pylist().index(1))
+    pq.write_table(table, path)
+    part = with_bytes_of(commit, path).parts[0].model_copy(update={"rows": table.num_rows})
+    return commit.model_copy(update={"parts": (part,)})
+
+
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
@@ -222,6 +230,7 @@ def out_of_order(commit: Commit, path: Path) -> Commit:
         (of_another, "its commit has another fingerprint, eeeeeeeeeeee"),
         (elsewhere, "not a name of this shard's parts"),
         (no_parquet, "Parquet"),
+        (without_first_tile, "its rows do not stand picture by picture"),
         (out_of_order, "its rows do not stand picture by picture"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
