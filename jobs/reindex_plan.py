@@ -14,12 +14,12 @@ from pipeline.printable import printable
 
 MEANING = {
     "new": "embedded",
-    "changed": "embedded, but for pictures that are still in them",
-    "retry": "their rejects are tried again",
+    "changed": "embedded in part",
+    "retry": "rejects tried again",
     "unchanged": "left as they are",
-    "vanished": "kept; --prune removes them",
+    "vanished": "kept",
 }
-PRUNED = "removed, where their source is gone (--prune)"
+PRUNED = "removed (--prune)"
 
 
 class ClassPlan(BaseModel):

@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from pipeline.deadlines import HardLimit, deadline, hard_seconds
 from pipeline.isolation import IsolationError
+from pipeline.known import KnownPictures
 from pipeline.records import (
     Head,
     Reject,
@@ -127,37 +128,6 @@ class PlannedPicture:
     plan: TilePlan
 
 
-class KnownPictures:
-    """The committed rows that came with a group, by the sha256 of their picture."""
-
-    def __init__(self, table: pa.Table | None) -> None:
-        self.table = table
-        self._starts: dict[bytes, int] = {}
-        if table is not None:
-            for row, digest in enumerate(table["image_sha256"].to_pylist()):
-                self._starts.setdefault(digest, row)
-            columns = [table[name].to_pylist() for name in ("tile_count", "width", "height")]
-            self._plans = list(zip(*columns, strict=True))
-
-    def rows_of(self, picture: PlannedPicture) -> range | None:
-        """Where the picture's rows are, if it was cut then as it would be now."""
-        if not self._starts:
-            return None
-        plan = picture.plan
-        start = self._starts.get(hashlib.sha256(picture.sample["data"]).digest())
-        if start is None or self._plans[start] != (plan.tile_count, plan.width, plan.height):
-            return None
-        return range(start, start + plan.tile_count)
-
-    def features(self, rows: list[int], known_rows: list[int]) -> pa.Table | None:
-        """`Chunk.known` for these rows of a chunk and their places here."""
-        if self.table is None:
-            return None
-        features = self.table.drop_columns(["image_sha256", "tile_count", "width", "height"])
-        taken = features.take(pa.array(known_rows, pa.int64())).combine_chunks()
-        return taken.add_column(0, "row", pa.array(rows, pa.int32()))
-
-
 def tile_group(
     group: GroupRow, settings: TileSettings, decoder: Decoder | None = None
 ) -> Iterator[Chunk]:
@@ -229,7 +199,7 @@ def _cut(
     run: list[PlannedPicture], settings: TileSettings, decoder: Decoder, known: KnownPictures
 ) -> tuple[pa.Table, pa.Table, npt.NDArray[np.uint8], pa.Table | None]:
     side = settings.tiling.tile_size
-    places = [known.rows_of(picture) for picture in run]
+    places = [known.rows_of(picture.sample["data"], picture.plan) for picture in run]
     unknown = [p.plan.tile_count for p, place in zip(run, places, strict=True) if place is None]
     tiles = np.empty((sum(unknown), side, side, 3), dtype=np.uint8)
     rows: list[dict[str, Any]] = []

@@ -25,15 +25,13 @@ from pipeline.audit_parts import PartError, copy_part
 from pipeline.commits import Commit, PartFile
 from pipeline.embedding import PartSettings
 from pipeline.generations import objects_of
+from pipeline.known import IDENTITY
 from pipeline.records import Shard, embedding_schema
 from pipeline.samples import GroupRow
 from pipeline.storage import join
 from pipeline.tar_headers import shown
 
 logger = logging.getLogger(__name__)
-
-# What the rows must agree in with the plan of the picture, beside the features themselves.
-IDENTITY = ("image_sha256", "tile_count", "width", "height")
 
 
 @dataclass(frozen=True)
