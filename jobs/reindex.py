@@ -190,8 +190,8 @@ def prune(
             for path in objects_of(commit)
         ]
         lease.assure()
-        storage.remove(*(commit_url(folder, name) for name in names))
-        storage.remove(*objects)
+        storage.remove_objects(*(commit_url(folder, name) for name in names))
+        storage.remove_objects(*objects)
         pruned += names
     for name in kept:
         logger.warning("shard %s is not in INPUT, but its tar is still there: not pruned", name)

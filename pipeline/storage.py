@@ -474,12 +474,40 @@ class Storage:
             return
         fs, _ = self.open(urls[0])
         paths = [self.open(url)[1] for url in urls]
+        if s3.is_s3(fs):
+            with suppress(FileNotFoundError):
+                for path in dict.fromkeys(paths):
+                    below = self._objects(fs, path.rstrip("/") + "/", urls[0])
+                    paths += [name for name, _ in below]
+            self._delete(fs, paths, urls[0])
+            return
         # Local removal stops at the first path that is gone; stores take them all in few requests.
         runs = [[path] for path in paths] if isinstance(fs, LocalFileSystem) else [paths]
         fs.invalidate_cache()
         for run in runs:
             with suppress(FileNotFoundError):
                 self._call(fs, fs.rm, run, recursive=True, what="remove", url=urls[0], waits=600)
+        fs.invalidate_cache()
+
+    def remove_objects(self, *urls: str) -> None:
+        """Removes these objects and nothing below them; what is not there is no error."""
+        if not urls:
+            return
+        fs, _ = self.open(urls[0])
+        paths = [self.open(url)[1] for url in urls]
+        if s3.is_s3(fs):
+            self._delete(fs, paths, urls[0])
+            return
+        for path, url in zip(paths, urls, strict=True):
+            with suppress(FileNotFoundError):
+                self._call(fs, fs.rm_file, path, what="remove", url=url)
+        fs.invalidate_cache()
+
+    def _delete(self, fs: fsspec.AbstractFileSystem, paths: Sequence[str], url: str) -> None:
+        with suppress(FileNotFoundError):  # no such bucket
+            for start in range(0, len(paths), s3.DELETED_AT_ONCE):
+                run = paths[start : start + s3.DELETED_AT_ONCE]
+                self._call(fs, s3.delete, fs, run, what="remove", url=url, waits=60)
         fs.invalidate_cache()
 
     def remove_temporaries(self, folder: str) -> None:

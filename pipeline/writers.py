@@ -87,7 +87,7 @@ def remove_replaced(before: Commit | None, commit: Commit, parts: PartSettings) 
     """Removes the objects of a commit that has been replaced."""
     if before is not None:
         old = objects_of(before).keys() - objects_of(commit).keys()
-        parts.storage.remove(*(join(parts.output, path) for path in sorted(old)))
+        parts.storage.remove_objects(*(join(parts.output, path) for path in sorted(old)))
 
 
 def publish_shard(

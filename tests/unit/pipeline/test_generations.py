@@ -161,6 +161,11 @@ class KilledStorage(Storage):
             self._spend()
             super().remove(url)
 
+    def remove_objects(self, *urls: str) -> None:
+        for url in urls:
+            self._spend()
+            super().remove_objects(url)
+
 
 def test_a_kill_anywhere_leaves_the_old_or_the_new_whole(tmp_path: Path) -> None:
     """Between any two changes of the storage; the next run removes what no commit names."""
