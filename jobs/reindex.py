@@ -179,7 +179,8 @@ def prune(
     """
     place = shards[0].url.partition("?")[0].removesuffix(f"{shards[0].name}.tar")
     pruned: list[str] = []
-    infos = source_infos([Shard(f"{place}{name}.tar", name) for name in vanished], storage)
+    with explained("look up", place):
+        infos = source_infos([Shard(f"{place}{name}.tar", name) for name in vanished], storage)
     kept = sorted(name for name in vanished if infos[name] is not None)
     gone = sorted(name for name in vanished if infos[name] is None)
     for start in range(0, len(gone), PRUNED_AT_ONCE):
