@@ -45,7 +45,7 @@ SIDE = 2
 GROUPS_VARIABLE = "TESSERA_BENCHMARK_GROUPS"  # groups, hence chunks, of each made-up shard
 
 
-def quick_read(row: Row, settings: ReadSettings) -> Iterator[Row]:
+def quick_read(row: Row, settings: ReadSettings, output: FinalizeSettings) -> Iterator[Row]:
     """Groups of one made-up sample; nothing is read."""
     url, name = str(row["url"][0]), str(row["name"][0])
     groups = int(os.environ.get(GROUPS_VARIABLE, "1"))

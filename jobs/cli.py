@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from jobs.config import (
+    ExtractConfig,
     ExtractOptions,
     TilingOptions,
     load_config,
@@ -42,6 +43,15 @@ app = typer.Typer(
 )
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Output = Annotated[str, typer.Argument(help="Folder or URL of the output.")]
+Paths = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="INPUT... OUTPUT",
+        help="Shards, a folder, a glob, a brace range or @list.txt; then the output's folder "
+        "or URL. Anything fsspec opens.",
+    ),
+]
+ConfigFile = Annotated[Path | None, typer.Option(help="YAML file with any of the options.")]
 
 
 def options_of(model: type[BaseModel]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -121,29 +131,28 @@ def _metavar(field: FieldInfo) -> str:
     return "TEXT"
 
 
+def _job(
+    command: str, paths: list[str] | None, config: Path | None, options: Mapping[str, Any]
+) -> ExtractConfig:
+    given = dict(options)
+    if paths:
+        if len(paths) == 1:
+            raise UserError(f"{command}: expected INPUT and OUTPUT, got one of them")
+        given |= {"input": tuple(paths[:-1]), "output": paths[-1]}
+    return load_config(config, given)
+
+
 @app.command("extract")
 @options_of(ExtractOptions)
 def extract_command(
-    paths: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="INPUT... OUTPUT",
-            help="Shards, a folder, a glob, a brace range or @list.txt; then the output's folder "
-            "or URL. Anything fsspec opens.",
-        ),
-    ] = None,
+    paths: Paths = None,
     *,
-    config: Annotated[Path | None, typer.Option(help="YAML file with any of the options.")] = None,
+    config: ConfigFile = None,
     as_json: Json = False,
     options: Mapping[str, Any],
 ) -> None:
     """Embed every picture of INPUT's shards into OUTPUT. Safe to run again at any time."""
-    given = dict(options)
-    if paths:
-        if len(paths) == 1:
-            raise UserError("extract: expected INPUT and OUTPUT, got one of them")
-        given |= {"input": tuple(paths[:-1]), "output": paths[-1]}
-    job = load_config(config, given)
+    job = _job("extract", paths, config, options)
     # Imported here: a mistake in the options is told before torch and Ray are loaded.
     from jobs.extract import extract
     from jobs.show import show_summary
@@ -154,6 +163,43 @@ def extract_command(
     else:
         show_summary(summary, job.output)
     raise typer.Exit(summary.exit_status)
+
+
+@app.command("reindex")
+@options_of(ExtractOptions)
+def reindex_command(
+    paths: Paths = None,
+    *,
+    config: ConfigFile = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Tell what there is to do, and do nothing.")
+    ] = False,
+    prune: Annotated[
+        bool,
+        typer.Option("--prune", help="Remove committed shards whose source is no longer there."),
+    ] = False,
+    rejects: Annotated[
+        bool, typer.Option("--rejects", help="Try the rejects of unchanged shards again.")
+    ] = False,
+    as_json: Json = False,
+    options: Mapping[str, Any],
+) -> None:
+    """Bring OUTPUT up to date: embed what is new or changed in INPUT, and only that."""
+    job = _job("reindex", paths, config, options)
+    from jobs.reindex import Wishes, reindex
+    from jobs.reindex_plan import show_plan
+    from jobs.show import show_reindexed
+
+    done = reindex(
+        job,
+        Wishes(dry_run, prune, rejects),
+        lambda plan: show_plan(plan, prune, on_stderr=as_json or not dry_run),
+    )
+    if as_json:
+        print(json.dumps(done.to_json(), indent=1))
+    else:
+        show_reindexed(done)
+    raise typer.Exit(done.exit_status)
 
 
 @app.command("demo")

@@ -35,13 +35,15 @@ from pipeline.commits import (
 )
 from pipeline.dataflow import FlowSettings, Tally, run_shards
 from pipeline.embedding import PartSettings
+from pipeline.generations import PUBLISHED
 from pipeline.lease import Lease, held
 from pipeline.records import Shard
 from pipeline.replica import ReplicaSettings
 from pipeline.samples import ReadSettings
 from pipeline.shards import list_shards, probe_shards
-from pipeline.stock import PUBLISHED, run_folders, take_stock
+from pipeline.stock import run_folders, take_stock
 from pipeline.storage import Storage, explained, join, redact, shared
+from pipeline.versions import refuse_other_version
 from pipeline.writers import FinalizeSettings
 
 logger = logging.getLogger(__name__)
@@ -51,7 +53,8 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run did. `interrupted` is the signal that stopped it."""
+    """What a run did. `interrupted` is the signal that stopped it; `reused` of the tiles were taken
+    over from older commits."""
 
     shards: int
     committed_before: int
@@ -62,6 +65,7 @@ class Summary:
     failures: tuple[Failure, ...]
     seconds: float
     interrupted: int | None = None
+    reused: int = 0
 
     @property
     def exit_status(self) -> int:
@@ -90,6 +94,36 @@ def extract(config: ExtractConfig, local_cluster: bool = False) -> Summary:
     Raises:
         UserError: the request cannot be met; nothing was started.
     """
+    request = prepare(config)
+    config, storage, shards = request.config, request.storage, request.shards
+    refuse_other_version(config.output, storage)
+    check_output(config.output, request.dataset, storage)
+    run = run_name()
+    with held(config.output, run, storage) as lease:
+        committed = open_and_clean(request)
+        pending = [shard for shard in shards if shard.name not in committed]
+        if not pending:
+            return Summary(len(shards), len(shards), 0, 0, 0, {}, (), 0.0)
+        return run_job(Job(request, run, lease), pending, local_cluster)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for, looked up: the checkpoint, what it makes, and INPUT's shards."""
+
+    config: ExtractConfig
+    storage: Storage
+    checkpoint: Checkpoint
+    dataset: Dataset
+    shards: Sequence[Shard]
+
+
+def prepare(config: ExtractConfig) -> Request:
+    """Opens the checkpoint and lists INPUT; OUTPUT is not looked at.
+
+    Raises:
+        UserError: one of them cannot be had.
+    """
     config = config.model_copy(
         update={
             "output": shared(config.output),
@@ -101,37 +135,40 @@ def extract(config: ExtractConfig, local_cluster: bool = False) -> Summary:
     dataset = describe(config, checkpoint)
     shards = list_shards(config.input, storage)
     probe_shards(shards, storage)
-    check_output(config.output, dataset, storage)
-    run = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
-    with held(config.output, run, storage) as lease:
-        open_output(config.output, dataset, storage)
-        with explained("list", config.output):
-            stock = take_stock(config.output, [shard.name for shard in shards], storage)
-            storage.remove(*(join(config.output, name) for name in stock.strays))
-        pending = [shard for shard in shards if shard.name not in stock.committed]
-        if not pending:
-            return Summary(len(shards), len(shards), 0, 0, 0, {}, (), 0.0)
-        job = Job(config, checkpoint, dataset, storage, run, lease)
-        return run_job(job, shards, pending, local_cluster)
+    return Request(config, storage, checkpoint, dataset, shards)
+
+
+def run_name() -> str:
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
+
+
+def open_and_clean(request: Request) -> set[str]:
+    """Makes OUTPUT what this run needs, removes what dead ones left; gives what is committed.
+
+    Raises:
+        UserError: OUTPUT was made with another fingerprint, or cannot be used.
+    """
+    output, storage = request.config.output, request.storage
+    open_output(output, request.dataset, storage)
+    with explained("list", output):
+        stock = take_stock(output, [shard.name for shard in request.shards], storage)
+        storage.remove(*(join(output, name) for name in stock.strays))
+    return stock.committed
 
 
 @dataclass(frozen=True)
 class Job:
     """What one run works with; OUTPUT is held by its lease."""
 
-    config: ExtractConfig
-    checkpoint: Checkpoint
-    dataset: Dataset
-    storage: Storage
+    request: Request
     run: str
     lease: Lease
 
 
-def run_job(
-    job: Job, shards: Sequence[Shard], pending: Sequence[Shard], local_cluster: bool
-) -> Summary:
+def run_job(job: Job, pending: Sequence[Shard], local_cluster: bool) -> Summary:
     """Computes and commits the pending shards on Ray."""
-    config, storage, run = job.config, job.storage, job.run
+    request, run = job.request, job.run
+    config, storage, shards = request.config, request.storage, request.shards
     with (
         Reporter(config.output, run, storage) as reporter,
         stop_on_signal() as stop,
@@ -147,7 +184,7 @@ def run_job(
         try:
             pool = plan_pool(config.tensor_parallel, config.replicas, config.dtype, started_here)
             settings = flow_settings(
-                config, job.checkpoint, job.dataset, pool, storage, run, job.lease.number
+                config, request.checkpoint, request.dataset, pool, storage, run, job.lease.number
             )
             with broken_runs_explained():
                 tally = run_shards(pending, settings, tick, stop.event, job.lease.assure)
@@ -168,6 +205,7 @@ def run_job(
             tuple(tally.failures),
             reporter.seconds(),
             stop.signum,
+            tally.reused,
         )
 
 

@@ -14,6 +14,7 @@ from pipeline.storage import redact
 
 if TYPE_CHECKING:
     from jobs.extract import Summary
+    from jobs.reindex import Reindexed
     from jobs.status import Status
     from jobs.verify import Verification
 
@@ -53,6 +54,27 @@ def show_summary(summary: Summary, output: str) -> None:
         console.print(f"{len(summary.failures)} shards failed; run it again to try them again")
 
 
+def show_reindexed(done: Reindexed) -> None:
+    """What was done; the plan has been told before."""
+    if done.run is None:
+        return
+    console = Console()
+    if done.run.shards == done.run.committed_before:
+        console.print("nothing to compute: all shards are as they were", highlight=False)
+    else:
+        show_summary(done.run, done.plan.folder)
+        reused, tiles = done.run.reused, done.run.tiles
+        share = f" ({reused / tiles:.1%})" if tiles else ""
+        line = f"taken over: {reused:,} of {tiles:,} tiles{share}; {tiles - reused:,} computed"
+        console.print(line, highlight=False)
+    for name, shards in (("pruned", done.pruned), ("not pruned", done.kept)):
+        if shards:
+            console.print(f"{name}: {len(shards)} shards", highlight=False)
+    if done.switched:
+        line = printable(f"readers are led to {done.plan.folder} now")
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 def _counts(rejects: dict[str, int]) -> str:
     total = sum(rejects.values())
     codes = ", ".join(f"{code} {count}" for code, count in sorted(rejects.items()))
@@ -63,6 +85,7 @@ def show_status(status: Status, output: str) -> None:
     dataset, progress = status.dataset, status.progress
     rows = [
         ("output", redact(output)),
+        *([("version", status.version)] if status.version else []),
         ("model", dataset.model + (f" @ {dataset.revision[:12]}" if dataset.revision else "")),
         ("tiling", str(dataset.settings["tiling"])),
         ("features", ", ".join(f"{k} [{v}]" for k, v in dataset.features.items())),
@@ -99,6 +122,7 @@ def show_verification(report: Verification, output: str) -> None:
     console = Console()
     rows = [
         ("output", redact(output)),
+        *([("version", report.version)] if report.version else []),
         ("shards", f"{report.shards:,}"),
         (
             "samples",

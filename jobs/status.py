@@ -19,6 +19,7 @@ from pipeline.commits import (
     read_dataset,
 )
 from pipeline.storage import Storage, explained, join
+from pipeline.versions import current, current_version
 
 STAGES = ("read", "tile", "embed", "write")
 LINE_SECONDS = 5.0
@@ -26,7 +27,8 @@ LINE_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Status:
-    """`progress` is None when the last run ended well: nothing is then left of it."""
+    """`progress` is None when the last run ended well: nothing is then left of it. `version` is the
+    one that `current.json` names, None where OUTPUT itself is what is read."""
 
     dataset: Dataset
     committed: int
@@ -36,6 +38,7 @@ class Status:
     output_bytes: int
     seconds: Mapping[str, float]
     progress: Progress | None
+    version: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -52,6 +55,8 @@ def read_status(output: str, storage_options: Mapping[str, Any]) -> Status:
         UserError: OUTPUT is none of ours, or cannot be read.
     """
     storage = Storage(storage_options)
+    version = current_version(output, storage)
+    output = current(output, storage)
     dataset = read_dataset(output, storage)
     totals: Counter[str] = Counter()
     seconds = dict.fromkeys(STAGES, 0.0)
@@ -74,6 +79,7 @@ def read_status(output: str, storage_options: Mapping[str, Any]) -> Status:
         output_bytes=totals["bytes"],
         seconds={stage: round(spent, 3) for stage, spent in seconds.items()},
         progress=progress,
+        version=version,
     )
 
 

@@ -13,18 +13,20 @@ from rich.progress import track
 from model.errors import UserError
 from pipeline.audit import ShardAudit, audit_shard
 from pipeline.commits import RUNS, Commit, Dataset, Progress, commit_url, read_dataset
-from pipeline.shards import PART_SUFFIX, list_shards
+from pipeline.generations import PUBLISHED, owners
+from pipeline.shards import list_shards
 from pipeline.storage import TEMPORARY, Storage, explained, join
+from pipeline.versions import VERSIONS, current, current_version
 
 NUM_SHARDS_AT_ONCE = 4  # each holds a row group in memory, and a part on the local disk
 NUM_READS_AT_ONCE = 16
-SUFFIX = ".parquet"
 
 
 @dataclass(frozen=True)
 class Verification:
     """The counts are of what was found. `recomputed` says what was computed again, and how well
-    it agreed; OUTPUT is whole if there are no problems."""
+    it agreed; OUTPUT is whole if there are no problems. `version` is the one that was looked at,
+    None where it was OUTPUT itself."""
 
     shards: int
     samples: int
@@ -33,6 +35,7 @@ class Verification:
     tiles: int
     problems: tuple[str, ...]
     recomputed: str | None
+    version: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "problems": list(self.problems), "whole": not self.problems}
@@ -59,6 +62,8 @@ def verify(
         UserError: OUTPUT is none of ours, or a storage or checkpoint cannot be used.
     """
     storage = Storage(storage_options or {})
+    version = current_version(output, storage)
+    output = current(output, storage)
     dataset = read_dataset(output, storage)
     checkpoint = None
     if recompute:
@@ -67,7 +72,11 @@ def verify(
         checkpoint = matching_checkpoint(dataset, model)
     sources = {shard.name: shard for shard in list_shards(inputs, storage)} if inputs else {}
     with explained("read", output):
-        sizes = storage.list_files(output)
+        sizes = {
+            name: size
+            for name, size in storage.list_files(output).items()
+            if not name.startswith(f"{VERSIONS}/")
+        }
         names = committed_names(sizes)
         with ThreadPoolExecutor(NUM_READS_AT_ONCE) as pool:
             read = list(pool.map(lambda name: read_commit(output, name, storage), names))
@@ -104,6 +113,7 @@ def verify(
         tiles=sum(audited.tiles for audited in audits),
         problems=tuple(problems),
         recomputed=recomputed,
+        version=version,
     )
 
 
@@ -186,8 +196,10 @@ def leftover_problems(
         if folder == RUNS or TEMPORARY.search(file):
             if not records:
                 problems.append(f"{file}: left by a run that died; run `extract` again")
-        elif folder in ("embeddings", "rejects") and file not in known:
-            shard = rest.removesuffix(SUFFIX)
-            if not {shard, PART_SUFFIX.sub("", shard)} & unread:
-                problems.append(f"{file}: part without commit")
+        elif (
+            folder in PUBLISHED
+            and file not in known
+            and unread.isdisjoint(owner.shard for owner in owners(rest))
+        ):
+            problems.append(f"{file}: part without commit")
     return problems

@@ -21,6 +21,7 @@ from pipeline.audit_parts import (
 )
 from pipeline.audit_source import source_problems
 from pipeline.commits import Commit, Dataset
+from pipeline.generations import generation_of, part_paths, rejects_path
 from pipeline.records import SCHEMA_VERSION, Shard
 from pipeline.storage import Storage
 
@@ -94,10 +95,10 @@ def commit_problems(commit: Commit, dataset: Dataset) -> list[str]:
     if rejects != commit.rejects:
         problems.append(f"{commit.rejects} rejects, but their part has {rejects} rows")
     paths = [part.path for part in commit.parts]
-    cut = [f"embeddings/{commit.shard}-{n:05d}.parquet" for n in range(len(paths))]
-    if paths not in ([f"embeddings/{commit.shard}.parquet"], cut) or not paths:
+    generation = generation_of(commit)
+    if not paths or paths != part_paths(commit.shard, generation, len(paths)):
         problems.append(f"its parts have other names than the shard's: {', '.join(paths)}")
-    path = f"rejects/{commit.shard}.parquet"
+    path = rejects_path(commit.shard, generation)
     if commit.rejects_part is not None and commit.rejects_part.path != path:
         problems.append(f"its rejects have another name: {commit.rejects_part.path}")
     return [f"commits/{commit.shard}.json: {problem}" for problem in problems]

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -71,16 +71,25 @@ def fetch_part(part: PartFile, output: str, size: int, storage: Storage) -> Iter
     if size != part.bytes:
         raise PartError(f"{size} bytes, the commit says {part.bytes}")
     with tempfile.NamedTemporaryFile(prefix="tessera-verify-") as copy:
-        digest = hashlib.sha256()
-        for start in range(0, size, BLOCK_BYTES):
-            end = min(start + BLOCK_BYTES, size)
-            block = storage.read_range(join(output, part.path), start, end)
-            digest.update(block)
-            copy.write(block)
-        copy.flush()
-        if digest.hexdigest() != part.sha256:
-            raise PartError("its bytes are not those that were committed (sha256 differs)")
+        copy_part(part, output, storage, copy)
         yield Path(copy.name)
+
+
+def copy_part(part: PartFile, output: str, storage: Storage, sink: IO[bytes]) -> None:
+    """Copies a published part, block by block.
+
+    Raises:
+        PartError: it is not the bytes that were committed.
+    """
+    digest = hashlib.sha256()
+    for start in range(0, part.bytes, BLOCK_BYTES):
+        end = min(start + BLOCK_BYTES, part.bytes)
+        block = storage.read_range(join(output, part.path), start, end)
+        digest.update(block)
+        sink.write(block)
+    sink.flush()
+    if digest.hexdigest() != part.sha256:
+        raise PartError("its bytes are not those that were committed (sha256 differs)")
 
 
 def row_groups(local: Path, schema: pa.Schema, rows: int) -> Iterator[pa.Table]:

@@ -21,12 +21,15 @@ import pyarrow as pa
 
 from pipeline.deadlines import HardLimit, deadline, hard_seconds
 from pipeline.isolation import IsolationError
+from pipeline.known import KnownPictures
 from pipeline.records import (
     Head,
     Reject,
     Row,
     Seconds,
     from_ipc,
+    maybe_from_ipc,
+    maybe_to_ipc,
     one_row,
     rejects_table,
     tile_schema,
@@ -51,18 +54,24 @@ class TileSettings:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tiles [n, S, S, 3] uint8, a row of metadata for each, and the samples rejected so far."""
+    """Tiles [n, S, S, 3] uint8, a row of metadata for each, and the samples rejected so far.
+
+    Rows whose features are known already have no tile: `known` has a line for each of them, its
+    number (`row`) and the features.
+    """
 
     head: Head
     rows: pa.Table
     rejects: pa.Table
     tiles: npt.NDArray[np.uint8]
+    known: pa.Table | None = None
 
     def dump(self) -> Row:
         return one_row(
             head=self.head.dump(),
             rows=to_ipc(self.rows),
             rejects=to_ipc(self.rejects),
+            known=maybe_to_ipc(self.known),
             tiles=self.tiles,
         )
 
@@ -73,6 +82,7 @@ class Chunk:
             from_ipc(row["rows"][0]),
             from_ipc(row["rejects"][0]),
             row["tiles"][0],
+            maybe_from_ipc(row["known"][0]),
         )
 
 
@@ -121,15 +131,19 @@ class PlannedPicture:
 def tile_group(
     group: GroupRow, settings: TileSettings, decoder: Decoder | None = None
 ) -> Iterator[Chunk]:
-    """Decodes and cuts the pictures of a group. The last chunk carries the shard's end, if any."""
+    """Decodes and cuts the pictures of a group, but for those whose features are known.
+
+    The last chunk carries the shard's end, if any.
+    """
     began = time.perf_counter()
     decoder = decoder or DirectDecoder(settings.tiling, settings.deadline_seconds)
     planned, rejects = _plan(group, settings.tiling, decoder)
     runs = _runs(planned, settings.chunk_tiles)
+    known = KnownPictures(group.known)
 
     def chunk(number: int, run: list[PlannedPicture]) -> Chunk:
         first, last = number == 0, number == len(runs) - 1
-        rows, run_rejects, tiles = _cut(run, settings, decoder)
+        rows, run_rejects, tiles, features = _cut(run, settings, decoder, known)
         before = [group.rejects, rejects_table(rejects)] if first else []
         seconds = Seconds(
             read=group.head.seconds.read if first else 0.0, tile=time.perf_counter() - began
@@ -141,7 +155,7 @@ def tile_group(
             end=group.head.end if last else None,
             seconds=seconds,
         )
-        return Chunk(head, rows, pa.concat_tables([*before, run_rejects]), tiles)
+        return Chunk(head, rows, pa.concat_tables([*before, run_rejects]), tiles, features)
 
     for number, run in enumerate(runs):
         done = chunk(number, run)
@@ -177,7 +191,10 @@ def _plan(
 
 
 def _runs(planned: list[PlannedPicture], chunk_tiles: int) -> list[list[PlannedPicture]]:
-    """Whole pictures, at most `chunk_tiles` tiles together; always at least one run."""
+    """Whole pictures, at most `chunk_tiles` tiles together; always at least one run.
+
+    Known pictures count too: what is known may differ between two attempts, the chunks may not.
+    """
     runs: list[list[PlannedPicture]] = [[]]
     filled = 0
     for picture in planned:
@@ -190,28 +207,37 @@ def _runs(planned: list[PlannedPicture], chunk_tiles: int) -> list[list[PlannedP
 
 
 def _cut(
-    run: list[PlannedPicture], settings: TileSettings, decoder: Decoder
-) -> tuple[pa.Table, pa.Table, npt.NDArray[np.uint8]]:
+    run: list[PlannedPicture], settings: TileSettings, decoder: Decoder, known: KnownPictures
+) -> tuple[pa.Table, pa.Table, npt.NDArray[np.uint8], pa.Table | None]:
     side = settings.tiling.tile_size
-    total = sum(picture.plan.tile_count for picture in run)
-    tiles = np.empty((total, side, side, 3), dtype=np.uint8)
+    places = [known.rows_of(picture.sample["data"], picture.plan) for picture in run]
+    unknown = [p.plan.tile_count for p, place in zip(run, places, strict=True) if place is None]
+    tiles = np.empty((sum(unknown), side, side, 3), dtype=np.uint8)
     rows: list[dict[str, Any]] = []
     rejects: list[Reject] = []
+    known_here: list[int] = []
+    known_there: list[int] = []
     filled = 0
-    for picture in run:
+    for picture, place in zip(run, places, strict=True):
         sample, plan = picture.sample, picture.plan
         out = tiles[filled : filled + plan.tile_count]
         try:
             with _foreseen(sample):
-                decoder.cut_tiles(sample["data"], plan, out)
+                if place is None:
+                    decoder.cut_tiles(sample["data"], plan, out)
                 picture_rows = _tile_rows(sample, plan, settings.carry)
         except PictureError as error:
             rejects.append(_reject(sample, error))
             continue
-        filled += plan.tile_count
+        if place is None:
+            filled += plan.tile_count
+        else:
+            known_here += range(len(rows), len(rows) + plan.tile_count)
+            known_there += place
         rows += picture_rows
     table = pa.Table.from_pylist(rows, tile_schema(settings.carry))
-    return table, rejects_table(rejects), tiles[:filled]
+    features = known.features(known_here, known_there)
+    return table, rejects_table(rejects), tiles[:filled], features
 
 
 @contextmanager

@@ -89,7 +89,10 @@ class Computed(Record):
 
 
 class Commit(Record):
-    """`samples` in the tar = distinct samples in `parts` + rows in `rejects_part`."""
+    """`samples` in the tar = distinct samples in `parts` + rows in `rejects_part`.
+
+    `reused` of the `tiles` were taken over from the commit before, not computed.
+    """
 
     schema_version: int
     fingerprint: str
@@ -104,6 +107,7 @@ class Commit(Record):
     computed: tuple[Computed, ...]
     seconds: StageSeconds
     committed_at: str
+    reused: int = 0
 
 
 def _time(text: str) -> str:
@@ -277,7 +281,10 @@ def read_commits(output: str, shards: Sequence[str], storage: Storage) -> Iterat
 
     def read(shard: str) -> Commit:
         url = commit_url(output, shard)
-        return Commit.parse(storage.read(url), url)
+        commit = Commit.parse(storage.read(url), url)
+        if commit.shard != shard:
+            raise UserError(f"{redact(url)}: it is of another shard, {printable(commit.shard)}")
+        return commit
 
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
         for start in range(0, len(shards), READ_AHEAD):

@@ -79,7 +79,8 @@ class FlowSettings:
 
 @dataclass
 class Tally:
-    """How far a run is. Tiles and rejects are counted when their part is written."""
+    """How far a run is. Tiles and rejects are counted when their part is written; `reused` of the
+    tiles were taken over from older commits."""
 
     shards: int
     committed: int = 0
@@ -87,6 +88,7 @@ class Tally:
     rejects: Counter[str] = field(default_factory=Counter)
     failures: list[Failure] = field(default_factory=list)
     samples: int = 0
+    reused: int = 0
 
 
 def run_shards(
@@ -128,6 +130,7 @@ class Flow:
         self._tally = tally
         self._stop = stop
         self._ledger = Ledger(shard.name for shard in shards)
+        self._replaced = {shard.name: shard.before for shard in shards if shard.before}
         self._finalizing: dict[Any, str] = {}
         # Made once: Ray publishes each to the whole cluster, for good.
         self._finalize = ray.remote(num_cpus=0)(finalize_stage)
@@ -177,6 +180,7 @@ class Flow:
         if isinstance(item, Exception):
             raise item
         self._tally.tiles += item.tiles
+        self._tally.reused += item.reused
         self._tally.rejects.update(item.rejects)
         complete = self._ledger.add(item)
         if complete is not None:
@@ -195,7 +199,9 @@ class Flow:
         except OSError as error:
             self._fail(shard.name, f"the run cannot make sure that the output is its own: {error}")
             return
-        self._finalizing[self._finalize.remote(shard, self._settings.finalize)] = shard.name
+        replaced = self._replaced.get(shard.name, "")
+        task = self._finalize.remote(shard, self._settings.finalize, replaced)
+        self._finalizing[task] = shard.name
 
     def _collect(self, timeout: float) -> None:
         if not self._finalizing:
@@ -237,7 +243,13 @@ def feed_blocks(shards: Sequence[Shard]) -> list[pa.Table]:
     """The input as Ray Data holds it: few blocks, each of many shards."""
     runs = [shards[start : start + FEED_SHARDS] for start in range(0, len(shards), FEED_SHARDS)]
     return [
-        pa.table({"url": [shard.url for shard in run], "name": [shard.name for shard in run]})
+        pa.table(
+            {
+                "url": [shard.url for shard in run],
+                "name": [shard.name for shard in run],
+                "before": [shard.before for shard in run],
+            }
+        )
         for run in runs
     ]
 
@@ -274,7 +286,7 @@ def build_dataset(shards: Sequence[Shard], settings: FlowSettings) -> Dataset:
         .map_batches(
             read_stage,
             batch_size=1,
-            fn_kwargs={"settings": settings.read},
+            fn_kwargs={"settings": settings.read, "output": settings.finalize},
             num_cpus=IO_CPUS,
             compute=TaskPoolStrategy(size=settings.num_io_tasks),
         )

@@ -8,6 +8,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,19 +36,31 @@ Encode = Callable[[npt.NDArray[np.uint8]], Mapping[str, npt.NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class Embedded:
-    """A chunk's rows with their features in float32, and all its rejects."""
+    """A chunk's rows with their features in float32, and all its rejects.
+
+    `reused` of the rows were not computed.
+    """
 
     head: Head
     rows: pa.Table
     rejects: pa.Table
+    reused: int = 0
 
     def dump(self) -> Row:
-        return one_row(head=self.head.dump(), rows=to_ipc(self.rows), rejects=to_ipc(self.rejects))
+        return one_row(
+            head=self.head.dump(),
+            rows=to_ipc(self.rows),
+            rejects=to_ipc(self.rejects),
+            reused=np.array(self.reused),
+        )
 
     @staticmethod
     def load(row: Row) -> Embedded:
         return Embedded(
-            Head.load(row["head"][0]), from_ipc(row["rows"][0]), from_ipc(row["rejects"][0])
+            Head.load(row["head"][0]),
+            from_ipc(row["rows"][0]),
+            from_ipc(row["rejects"][0]),
+            int(row["reused"][0]),
         )
 
 
@@ -70,32 +83,51 @@ class PartSettings:
 def embed_chunk(chunk: Chunk, encode: Encode, settings: PartSettings) -> Embedded:
     """Runs the encoder over a chunk. A picture with a value that is not finite becomes a reject."""
     began = time.perf_counter()
-    features = encode(chunk.tiles)
-    schema = embedding_schema(settings.features, "float32", settings.carry)
-    rows = chunk.rows
-    for name, width in settings.features.items():
-        values = features[name]
-        assert values.shape == (len(chunk.tiles), width), (name, values.shape)
-        rows = rows.append_column(name, _vectors(values))
-    rows = rows.select(schema.names).cast(schema)
-    finite = np.ones(len(chunk.tiles), dtype=bool)
-    for name in settings.features:
-        finite &= np.isfinite(features[name]).all(axis=1)
+    computed = encode(chunk.tiles) if len(chunk.tiles) else {}
+    rows, finite = _with_features(chunk, computed, settings)
     kept, dropped = _without(
         rows, ~finite, "embed", "non-finite", "the model gave a value that is not finite"
     )
     seconds = chunk.head.seconds + Seconds(embed=time.perf_counter() - began)
     return Embedded(
-        replace(chunk.head, seconds=seconds), kept, pa.concat_tables([chunk.rejects, dropped])
+        replace(chunk.head, seconds=seconds),
+        kept,
+        pa.concat_tables([chunk.rejects, dropped]),
+        0 if chunk.known is None else chunk.known.num_rows,
     )
 
 
 def reject_chunk(chunk: Chunk, settings: PartSettings, message: str) -> Embedded:
-    """Gives a chunk up: each of its pictures becomes a reject (stage `embed`, `replica-died`)."""
+    """Gives a chunk up: each picture that was to be computed becomes a reject (stage `embed`,
+    `replica-died`)."""
+    values = {name: np.full((len(chunk.tiles), w), np.nan) for name, w in settings.features.items()}
+    rows, known = _with_features(chunk, values, settings)
+    kept, dropped = _without(rows, ~known, "embed", "replica-died", message)
+    reused = 0 if chunk.known is None else chunk.known.num_rows
+    return Embedded(chunk.head, kept, pa.concat_tables([chunk.rejects, dropped]), reused)
+
+
+def _with_features(
+    chunk: Chunk, computed: Mapping[str, npt.NDArray[Any]], settings: PartSettings
+) -> tuple[pa.Table, npt.NDArray[np.bool_]]:
+    """All rows with what was computed for their tiles [n, D] or was known; which are finite."""
+    num_rows = chunk.rows.num_rows
+    known = np.zeros(num_rows, dtype=bool)
+    if chunk.known is not None:
+        known[chunk.known["row"].to_numpy()] = True
+    finite = np.ones(num_rows, dtype=bool)
+    rows = chunk.rows
+    for name, width in settings.features.items():
+        values = np.empty((num_rows, width), np.float32)
+        if chunk.known is not None:
+            values[known] = feature_values(chunk.known[name], width)
+        if len(chunk.tiles):
+            assert computed[name].shape == (len(chunk.tiles), width), (name, computed[name].shape)
+            values[~known] = computed[name]
+        finite &= np.isfinite(values).all(axis=1)
+        rows = rows.append_column(name, _vectors(values))
     schema = embedding_schema(settings.features, "float32", settings.carry)
-    everything = np.ones(len(chunk.tiles), dtype=bool)
-    _, dropped = _without(chunk.rows, everything, "embed", "replica-died", message)
-    return Embedded(chunk.head, schema.empty_table(), pa.concat_tables([chunk.rejects, dropped]))
+    return rows.select(schema.names).cast(schema), finite
 
 
 def write_part(embedded: Embedded, settings: PartSettings) -> Part:
@@ -130,6 +162,7 @@ def write_part(embedded: Embedded, settings: PartSettings) -> Part:
         num_bytes=len(data),
         failure=failure,
         crc32=zlib.crc32(data),
+        reused=embedded.reused,
     )
 
 

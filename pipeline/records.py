@@ -57,10 +57,14 @@ Row = dict[str, npt.NDArray[Any]]
 
 @dataclass(frozen=True)
 class Shard:
-    """One input tar. `name` is its path below the input's folder, without `.tar`."""
+    """One input tar. `name` is its path below the input's folder, without `.tar`.
+
+    `before` is the commit, as JSON, that this shard's next one replaces; "" where there is none.
+    """
 
     url: str
     name: str
+    before: str = ""
 
 
 @dataclass(frozen=True)
@@ -163,7 +167,7 @@ class Part:
     """The small row that the driver sees for a chunk that was written.
 
     `rejects` counts them by `stage/code`. A part that could not be written says why in `failure`.
-    `crc32` is that of the file.
+    `crc32` is that of the file. `reused` of the tiles were not computed but taken over.
     """
 
     head: Head
@@ -174,6 +178,7 @@ class Part:
     num_bytes: int
     failure: str | None = None
     crc32: int = 0
+    reused: int = 0
 
     def dump(self) -> bytes:
         return json.dumps({**asdict(self), "head": self.head.dump().decode()}).encode()
@@ -222,6 +227,14 @@ def to_ipc(table: pa.Table) -> bytes:
 def from_ipc(data: bytes) -> pa.Table:
     with pa.ipc.open_stream(pa.py_buffer(data)) as reader:
         return reader.read_all()
+
+
+def maybe_to_ipc(table: pa.Table | None) -> bytes:
+    return b"" if table is None else to_ipc(table)
+
+
+def maybe_from_ipc(data: bytes) -> pa.Table | None:
+    return from_ipc(data) if data else None
 
 
 def one_row(**columns: bytes | npt.NDArray[Any]) -> Row:

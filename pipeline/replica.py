@@ -139,7 +139,9 @@ class Replica:
         else:
             try:
                 embedded = embed_chunk(chunk, self._encoder.encode, self._parts)
-                embedded = replace(embedded, head=replace(embedded.head, compute=self._compute()))
+                if len(chunk.tiles) or chunk.known is None:
+                    head = replace(embedded.head, compute=self._compute())
+                    embedded = replace(embedded, head=head)
             except Exception:
                 logger.exception(
                     "chunk %s: the encoder failed; this replica starts again", chunk_id

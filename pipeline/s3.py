@@ -32,6 +32,7 @@ PIECE_BYTES = 256 << 10
 SINGLE_PUT_BYTES = 64 << 20  # larger files go up in parts
 PART_BYTES = 32 << 20
 MAX_PARTS = 10_000  # S3's limit
+DELETED_AT_ONCE = 1000  # S3's limit
 PARTS_AT_ONCE = 4
 ABORT_SECONDS = 30.0
 
@@ -85,6 +86,23 @@ def head(
             sync(fs.loop, _first_byte, fs, named, timeout=timeout)
         raise
     return answer
+
+
+def delete(fs: fsspec.AbstractFileSystem, paths: Sequence[str], timeout: float) -> None:
+    """Removes exactly these objects of one bucket, `DELETED_AT_ONCE` at most.
+
+    fsspec's own call takes names for patterns: `a[1].parquet` would remove `a1.parquet`. What is
+    not there is no error.
+    """
+    bucket = fs.split_path(paths[0])[0]
+    keys = [{"Key": fs.split_path(path)[1]} for path in paths]
+    answer = fs.call_s3(
+        "delete_objects", Bucket=bucket, Delete={"Objects": keys, "Quiet": True}, timeout=timeout
+    )
+    if errors := answer.get("Errors"):
+        first = errors[0]
+        kind = PermissionError if first.get("Code") == "AccessDenied" else OSError
+        raise kind(f"{len(errors)} objects stay, {first.get('Key')}: {first.get('Code')}")
 
 
 async def _first_byte(fs: fsspec.AbstractFileSystem, named: Mapping[str, str]) -> None:

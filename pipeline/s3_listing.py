@@ -12,14 +12,22 @@ Request = Callable[..., dict[str, Any]]  # one `ListObjectsV2`, tried again by i
 
 
 def list_objects(
+    request: Request, bucket: str, prefix: str, **which: Any
+) -> Iterator[tuple[str, int]]:
+    """Key and size of the objects that `list_entries` finds."""
+    for entry in list_entries(request, bucket, prefix, **which):
+        yield entry["Key"], entry["Size"]
+
+
+def list_entries(
     request: Request,
     bucket: str,
     prefix: str,
     depth: int | None = None,
     after: str = "",
     until: str | None = None,
-) -> Iterator[tuple[str, int]]:
-    """Key and size of every object whose key begins with `prefix`; folder markers are left out.
+) -> Iterator[dict[str, Any]]:
+    """What S3 tells of every object whose key begins with `prefix`, folder markers left out.
 
     Args:
         depth: levels of folders to look into; 1: no `/` behind the prefix. None: all.
@@ -41,7 +49,7 @@ def list_objects(
                 if until is not None and key > until:
                     return
                 if not key.endswith("/"):
-                    yield key, entry["Size"]
+                    yield entry
             if levels is not None and levels > 1:
                 inner = [found["Prefix"] for found in page.get("CommonPrefixes", ())]
                 folders += [(name, levels - 1) for name in inner]

@@ -26,6 +26,8 @@ from pipeline.records import (
     ShardEnd,
     carried_field,
     from_ipc,
+    maybe_from_ipc,
+    maybe_to_ipc,
     one_row,
     rejects_table,
     sample_schema,
@@ -100,21 +102,31 @@ class Group:
 
 @dataclass(frozen=True)
 class GroupRow:
-    """One group on its way from the reading to the tiling task."""
+    """One group on its way from the reading to the tiling task.
+
+    `known` has committed rows of pictures in it (`pipeline.takeover`), where there are any.
+    """
 
     head: Head
     samples: pa.Table
     rejects: pa.Table
+    known: pa.Table | None = None
 
     def dump(self) -> Row:
         return one_row(
-            head=self.head.dump(), samples=to_ipc(self.samples), rejects=to_ipc(self.rejects)
+            head=self.head.dump(),
+            samples=to_ipc(self.samples),
+            rejects=to_ipc(self.rejects),
+            known=maybe_to_ipc(self.known),
         )
 
     @staticmethod
     def load(row: Row) -> GroupRow:
         return GroupRow(
-            Head.load(row["head"][0]), from_ipc(row["samples"][0]), from_ipc(row["rejects"][0])
+            Head.load(row["head"][0]),
+            from_ipc(row["samples"][0]),
+            from_ipc(row["rejects"][0]),
+            maybe_from_ipc(row["known"][0]),
         )
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import braceexpand
 
 from model.errors import UserError
+from pipeline.generations import colliding
 from pipeline.printable import printable
 from pipeline.records import Shard
 from pipeline.storage import Storage, StorageError, explained, redact, shared
 
-PART_SUFFIX = re.compile(r"-\d{5}$")
 WILDCARD = re.compile(r"[*?\[{]")
 
 
@@ -139,9 +139,13 @@ def _refuse_collisions(shards: Sequence[Shard]) -> None:
     for name, count in counts.items():
         if count > 1:
             raise UserError(f"shard {name}.tar is listed {count} times; list it once")
-        whole = PART_SUFFIX.sub("", name)
-        if whole != name and whole in counts:
-            raise UserError(
-                f"shard names {whole} and {name} collide with the names of cut output parts; "
-                "give one of them its own OUTPUT"
-            )
+    refuse_colliding(counts)
+
+
+def refuse_colliding(names: Iterable[str]) -> None:
+    """Raises a UserError where objects of two shards could come to have the same name."""
+    if found := colliding(names):
+        raise UserError(
+            f"shard names {found[0]} and {found[1]} collide with the names of cut output parts; "
+            "give one of them its own OUTPUT"
+        )

@@ -17,13 +17,14 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.chunks import Decoder, DirectDecoder, TileSettings, failed_group, tile_group
-from pipeline.commits import commit_url
+from pipeline.commits import Commit, commit_url
 from pipeline.embedding import Embedded, write_part
 from pipeline.isolation import IsolatedDecoder, IsolationError
 from pipeline.ledger import CompleteShard
 from pipeline.records import Row, Shard, one_row
 from pipeline.samples import GroupRow, ReadSettings, read_groups
-from pipeline.writers import FinalizeSettings, finalize_shard
+from pipeline.takeover import committed_rows, with_known
+from pipeline.writers import FinalizeSettings, finalize_shard, remove_replaced
 
 logger = logging.getLogger(__name__)
 
@@ -47,19 +48,24 @@ class Attempts(Protocol):
 
 def feed_stage(block: Row) -> Iterator[Row]:
     """Many shards → one row for each, in their order, so that a repetition gives the same rows."""
-    for url, name in zip(block["url"], block["name"], strict=True):
-        yield {"url": np.array([url]), "name": np.array([name])}
+    for url, name, before in zip(block["url"], block["name"], block["before"], strict=True):
+        yield {
+            "url": np.array([url]),
+            "name": np.array([name]),
+            "before": np.array([before]),
+        }
 
 
-def read_stage(row: Row, settings: ReadSettings) -> Iterator[Row]:
-    """One shard → its groups."""
-    shard = Shard(str(row["url"][0]), str(row["name"][0]))
-    for group in read_groups(shard, settings):
-        dumped = group.dump()
-        del group  # not kept while the next one is read
-        yield dumped
-        del dumped
-        release_freed_memory()
+def read_stage(row: Row, settings: ReadSettings, output: FinalizeSettings) -> Iterator[Row]:
+    """One shard → its groups, with the committed rows of their pictures where it replaces one."""
+    shard = Shard(str(row["url"][0]), str(row["name"][0]), str(row["before"][0]))
+    with committed_rows(shard, output.parts, output.fingerprint) as committed:
+        for group in read_groups(shard, settings):
+            dumped = with_known(group, committed).dump()
+            del group  # not kept while the next one is read
+            yield dumped
+            del dumped
+            release_freed_memory()
 
 
 def tile_stage(row: Row, settings: TileSettings, attempts: Attempts) -> Iterator[Row]:
@@ -141,13 +147,18 @@ def release_freed_memory() -> None:
         trim(0)
 
 
-def finalize_stage(shard: CompleteShard, settings: FinalizeSettings) -> bytes:
-    """One complete shard → its output and commit; gives the commit."""
+def finalize_stage(shard: CompleteShard, settings: FinalizeSettings, replaced: str = "") -> bytes:
+    """One complete shard → its output and commit, in place of `replaced`; gives the commit."""
+    before = Commit.parse(replaced.encode(), shard.name) if replaced else None
     try:
-        return finalize_shard(shard, settings).dump()
+        return finalize_shard(shard, settings, before).dump()
     except FileNotFoundError:
         # An earlier attempt of this very task may have committed, removed the parts, and died.
-        url = commit_url(settings.parts.output, shard.name)
-        if settings.parts.storage.exists(url):
-            return settings.parts.storage.read(url)
+        parts = settings.parts
+        url = commit_url(parts.output, shard.name)
+        if parts.storage.exists(url):
+            commit = Commit.parse(parts.storage.read(url), url)
+            if commit != before:
+                remove_replaced(before, commit, parts)
+                return commit.dump()
         raise

@@ -1,31 +1,30 @@
 """What lies in OUTPUT when a run begins: which shards are committed, and what dead runs left.
 
 Both come from listings, a page of a thousand names a request. A listing alone never condemns
-output: what seems to belong to no commit is looked up once more, by the commit's own name.
+output: what seems to belong to no commit is looked up once more, by the commit's own name, and
+where a shard's objects are not of one kind, or there are none, its commit is read.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from pipeline.commits import COMMITS, RUNS, SIDE_BY_SIDE, commit_url
+from pipeline.commits import COMMITS, RUNS, SIDE_BY_SIDE, commit_url, read_commits
+from pipeline.generations import EMBEDDINGS, PUBLISHED, objects_of, owners, stem
 from pipeline.storage import TEMPORARY, Storage, join, redact
 
 logger = logging.getLogger(__name__)
 
-PUBLISHED = ("embeddings", "rejects")
 LISTINGS = 8  # runs of one folder that are listed side by side
-SUFFIX = re.compile(r"\.[a-z]+$")
-PART_SUFFIX = re.compile(r"-\d{5}$")
 
 
 @dataclass(frozen=True)
 class Stock:
-    """`strays` are files and folders below OUTPUT that no reader will ever be told of."""
+    """`strays` are files and folders below OUTPUT that no reader will ever be told of. A commit
+    whose objects are gone is none: its shard is computed again."""
 
     committed: set[str]
     strays: list[str]
@@ -48,16 +47,31 @@ def take_stock(output: str, shards: Sequence[str], storage: Storage) -> Stock:
     strays += [f"{COMMITS}/{name}" for name in commits.result() if TEMPORARY.search(name)]
     committed = {name.removesuffix(".json") for name in commits.result() if name.endswith(".json")}
     doubtful: dict[str, list[str]] = {}
-    for folder, listing in zip(PUBLISHED, published, strict=True):
-        for name in listing.result():
-            owners = _owners(name)
+    generations: dict[str, int] = {}
+    cut: dict[str, bool] = {}
+    mixed: set[str] = set()  # committed shards that have objects of two generations, or cut and not
+    listed = {folder: found.result() for folder, found in zip(PUBLISHED, published, strict=True)}
+    for folder, names in listed.items():
+        for name in names:
+            found = owners(name)
+            mine = [owner for owner in found if owner.shard in committed]
             if TEMPORARY.search(name):
                 strays.append(f"{folder}/{name}")
-            elif committed.isdisjoint(owners):
-                doubtful[f"{folder}/{name}"] = owners
+            elif not mine:
+                doubtful[f"{folder}/{name}"] = [owner.shard for owner in found]
+            for shard, generation in mine:
+                if generations.setdefault(shard, generation) != generation:
+                    mixed.add(shard)
+                if folder == EMBEDDINGS:
+                    is_cut = not name.startswith(stem(shard, generation) + ".parquet")
+                    if cut.setdefault(shard, is_cut) != is_cut:
+                        mixed.add(shard)
     missed = _missed_commits(output, doubtful, storage)
-    strays += [name for name, owners in doubtful.items() if missed.isdisjoint(owners)]
-    return Stock(committed | missed, sorted(strays))
+    strays += [name for name, shards in doubtful.items() if missed.isdisjoint(shards)]
+    if mixed:
+        strays += _replaced(output, listed, committed, mixed, storage)
+    hollow = _without_objects(output, sorted(committed - cut.keys()), storage)
+    return Stock((committed | missed) - hollow, sorted(strays))
 
 
 def run_folders(output: str, storage: Storage) -> list[str]:
@@ -66,10 +80,39 @@ def run_folders(output: str, storage: Storage) -> list[str]:
     return sorted({f"{RUNS}/{run}" for run, below, _ in names if below})
 
 
-def _owners(name: str) -> list[str]:
-    """The shards that an object below `embeddings` or `rejects` may belong to."""
-    shard = SUFFIX.sub("", name)
-    return list(dict.fromkeys([shard, PART_SUFFIX.sub("", shard)]))
+def _replaced(
+    output: str,
+    listed: dict[str, list[str]],
+    committed: set[str],
+    mixed: set[str],
+    storage: Storage,
+) -> list[str]:
+    """The objects of these committed shards that their commits do not name."""
+    named: set[str] = set()
+    for commit in read_commits(output, sorted(mixed), storage):
+        named.update(objects_of(commit))
+    replaced = []
+    for folder, names in listed.items():
+        for name in names:
+            mine = {owner.shard for owner in owners(name)} & committed
+            if mine and mine <= mixed and f"{folder}/{name}" not in named:
+                replaced.append(f"{folder}/{name}")
+    return replaced
+
+
+def _without_objects(output: str, shards: Sequence[str], storage: Storage) -> set[str]:
+    """Those whose embeddings are not there: a task of a dead run committed them after another run
+    had removed what it took for a stray."""
+    hollow = set()
+    for commit in read_commits(output, shards, storage):
+        gone = [p.path for p in commit.parts if not storage.exists(join(output, p.path))]
+        if gone or not commit.parts:
+            hollow.add(commit.shard)
+            logger.warning(
+                "%s: shard %s is committed, and %s is not there; it is computed again",
+                redact(output), commit.shard, gone[0] if gone else "any object",
+            )  # fmt: skip
+    return hollow
 
 
 def _missed_commits(output: str, doubtful: dict[str, list[str]], storage: Storage) -> set[str]:

@@ -46,7 +46,7 @@ from pipeline.faults import CredentialsError as CredentialsError
 from pipeline.faults import redact as redact
 from pipeline.local_files import BLOCK_BYTES, create_local, files_below, publish_local
 from pipeline.s3 import ObjectChangedError as ObjectChangedError
-from pipeline.s3_listing import list_objects, list_side_by_side, read_dates_quickly
+from pipeline.s3_listing import list_entries, list_objects, list_side_by_side, read_dates_quickly
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -296,6 +296,30 @@ class Storage:
                 sizes = {name.removeprefix(root): int(e["size"]) for name, e in found.items()}
         return sizes
 
+    def list_infos(self, folder: str, first: str, last: str) -> dict[str, FileInfo]:
+        """What an S3 listing tells of the files right below a folder whose names lie between two.
+
+        By name; empty if there is none. Checksums are not told.
+        """
+        fs, path = self.open(folder)
+        assert s3.is_s3(fs)
+        bucket, prefix, _ = fs.split_path(path.rstrip("/") + "/")
+        # Only what is behind a key can be asked for, so from the longest one before the first.
+        bounds = [prefix + first[:-1], prefix + last] if first else []
+        run = list_side_by_side(bounds, bucket)
+        after, until = run[1] if len(run) > 1 else ("", None)
+        infos = {}
+        with suppress(FileNotFoundError):
+            entries = list_entries(
+                self._request(fs, folder), bucket, prefix, after=after, until=until
+            )
+            for entry in entries:
+                name = entry["Key"].removeprefix(prefix)
+                if "/" not in name:
+                    etag = str(entry.get("ETag", "")).strip('"') or None
+                    infos[name] = FileInfo(int(entry["Size"]), etag)
+        return infos
+
     def list_names(self, folder: str, bounds: Sequence[str]) -> list[str]:
         """Every file below a folder, in no order. On S3, whose pages come one after the other, the
         runs between some `bounds` (paths below the folder, in order) are listed side by side.
@@ -351,6 +375,11 @@ class Storage:
         bucket, prefix, _ = fs.split_path(start)
         if not bucket:
             raise StorageError(f"{redact(url)}: a bucket must be named, without wildcards")
+        for key, size in list_objects(self._request(fs, url), bucket, prefix, **which):
+            yield f"{bucket}/{key}", size
+
+    def _request(self, fs: fsspec.AbstractFileSystem, url: str) -> Callable[..., dict[str, Any]]:
+        """One page of a listing, tried again by itself."""
         read_dates_quickly(fs)
 
         def request(**options: Any) -> dict[str, Any]:
@@ -359,8 +388,7 @@ class Storage:
             )
             return page
 
-        for key, size in list_objects(request, bucket, prefix, **which):
-            yield f"{bucket}/{key}", size
+        return request
 
     def publish_bytes(self, url: str, data: bytes) -> None:
         """Puts an object whole, replacing what had its name."""
@@ -439,12 +467,40 @@ class Storage:
             return
         fs, _ = self.open(urls[0])
         paths = [self.open(url)[1] for url in urls]
+        if s3.is_s3(fs):
+            with suppress(FileNotFoundError):
+                for path in dict.fromkeys(paths):
+                    below = self._objects(fs, path.rstrip("/") + "/", urls[0])
+                    paths += [name for name, _ in below]
+            self._delete(fs, paths, urls[0])
+            return
         # Local removal stops at the first path that is gone; stores take them all in few requests.
         runs = [[path] for path in paths] if isinstance(fs, LocalFileSystem) else [paths]
         fs.invalidate_cache()
         for run in runs:
             with suppress(FileNotFoundError):
                 self._call(fs, fs.rm, run, recursive=True, what="remove", url=urls[0], waits=600)
+        fs.invalidate_cache()
+
+    def remove_objects(self, *urls: str) -> None:
+        """Removes these objects and nothing below them; what is not there is no error."""
+        if not urls:
+            return
+        fs, _ = self.open(urls[0])
+        paths = [self.open(url)[1] for url in urls]
+        if s3.is_s3(fs):
+            self._delete(fs, paths, urls[0])
+            return
+        for path, url in zip(paths, urls, strict=True):
+            with suppress(FileNotFoundError):
+                self._call(fs, fs.rm_file, path, what="remove", url=url)
+        fs.invalidate_cache()
+
+    def _delete(self, fs: fsspec.AbstractFileSystem, paths: Sequence[str], url: str) -> None:
+        with suppress(FileNotFoundError):  # no such bucket
+            for start in range(0, len(paths), s3.DELETED_AT_ONCE):
+                run = paths[start : start + s3.DELETED_AT_ONCE]
+                self._call(fs, s3.delete, fs, run, what="remove", url=url, waits=60)
         fs.invalidate_cache()
 
     def remove_temporaries(self, folder: str) -> None:

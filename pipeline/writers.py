@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from pipeline.commits import Commit, Computed, PartFile, Source, StageSeconds, commit_url
 from pipeline.embedding import PartSettings, part_folder, read_part
+from pipeline.generations import generation_of, objects_of, part_paths, rejects_path
 from pipeline.lease import refuse_if_lost
 from pipeline.ledger import CompleteShard
 from pipeline.records import (
@@ -69,25 +70,58 @@ class HashingSink:
         self.closed = True
 
 
-def finalize_shard(shard: CompleteShard, settings: FinalizeSettings) -> Commit:
-    """Publishes a shard and commits it. Memory: one row group, whatever the shard's size."""
+def finalize_shard(
+    shard: CompleteShard, settings: FinalizeSettings, before: Commit | None = None
+) -> Commit:
+    """Publishes a shard and commits it. Memory: one row group, whatever the shard's size.
+
+    Where there is a commit `before`, nothing that it names is touched until the new commit stands
+    in its place: readers see the one or the other, whole.
+    """
+    commit = publish_shard(shard, settings, before)
+    parts = settings.parts
+    if settings.lease is not None:
+        refuse_if_lost(parts.output, settings.lease, parts.storage)
+    parts.storage.publish_bytes(commit_url(parts.output, shard.name), commit.dump())
+    remove_replaced(before, commit, parts)
+    parts.storage.remove(join(parts.folder, part_folder(shard.name)))
+    return commit
+
+
+def remove_replaced(before: Commit | None, commit: Commit, parts: PartSettings) -> None:
+    """Removes the objects of a commit that has been replaced."""
+    if before is not None:
+        old = objects_of(before).keys() - objects_of(commit).keys()
+        parts.storage.remove_objects(*(join(parts.output, path) for path in sorted(old)))
+
+
+def publish_shard(
+    shard: CompleteShard, settings: FinalizeSettings, before: Commit | None = None
+) -> Commit:
+    """Publishes a shard's objects under names of their own; gives the commit that will tell of
+    them."""
     began = time.perf_counter()
     parts = settings.parts
     rejects = [REJECT_SCHEMA.empty_table()]
     schema = embedding_schema(parts.features, parts.embedding_dtype, parts.carry)
     runs = cut_parts(shard.parts, settings.target_part_bytes)
+    generation = 1 if before is None else generation_of(before) + 1
     published = []
-    for number, run in enumerate(runs):
-        name = f"{shard.name}-{number:05d}" if len(runs) > 1 else shard.name
+    paths = part_paths(shard.name, generation, len(runs))
+    for path, run in zip(paths, runs, strict=True):
         groups = _row_groups(run, rejects, settings)
-        published.append(_publish(f"embeddings/{name}.parquet", groups, schema, settings))
+        published.append(_publish(path, groups, schema, settings))
     rejects_part = None
     rejected = pa.concat_tables(rejects).sort_by("sample_index")
     if rejected.num_rows:
-        path = f"rejects/{shard.name}.parquet"
+        path = rejects_path(shard.name, generation)
         rejects_part = _publish(path, iter([rejected]), REJECT_SCHEMA, settings)
     seconds = shard.seconds + Seconds(write=time.perf_counter() - began)
-    commit = Commit(
+    reused = sum(part.reused for part in shard.parts)
+    computed = {
+        Computed(**asdict(part.head.compute)) for part in shard.parts if part.head.compute
+    } | set(before.computed if before is not None and reused else ())
+    return Commit(
         schema_version=SCHEMA_VERSION,
         fingerprint=settings.fingerprint,
         shard=shard.name,
@@ -98,18 +132,11 @@ def finalize_shard(shard: CompleteShard, settings: FinalizeSettings) -> Commit:
         truncated_at=shard.end.truncated_at,
         parts=tuple(published),
         rejects_part=rejects_part,
-        computed=tuple(
-            Computed(**asdict(how))
-            for how in sorted({part.head.compute for part in shard.parts if part.head.compute})
-        ),
+        computed=tuple(sorted(computed, key=lambda how: tuple(how.model_dump().values()))),
         seconds=StageSeconds(**{k: round(v, 3) for k, v in asdict(seconds).items()}),
         committed_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        reused=reused,
     )
-    if settings.lease is not None:
-        refuse_if_lost(parts.output, settings.lease, parts.storage)
-    parts.storage.publish_bytes(commit_url(parts.output, shard.name), commit.dump())
-    parts.storage.remove(join(parts.folder, part_folder(shard.name)))
-    return commit
 
 
 def cut_parts(parts: Sequence[Part], target_bytes: int) -> list[list[Part]]:

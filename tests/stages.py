@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from pipeline.ledger import CompleteShard, Ledger
 from pipeline.records import Shard
 from pipeline.samples import GroupRow, ReadSettings, read_groups
 from pipeline.storage import Storage
+from pipeline.takeover import committed_rows, with_known
 from pipeline.tiling import Tiling
 
 STORAGE = Storage()
@@ -54,22 +55,32 @@ def read_shard(
 
 
 def tile_shard(
-    path: Path, chunk_tiles: int = 8, carry: tuple[str, ...] = (), deadline_seconds: float = 60.0
+    path: Path,
+    chunk_tiles: int = 8,
+    carry: tuple[str, ...] = (),
+    deadline_seconds: float = 60.0,
+    change: Callable[[GroupRow], GroupRow] = lambda group: group,
 ) -> list[Chunk]:
     settings = TileSettings(TILING, carry, deadline_seconds, chunk_tiles)
     groups = read_shard(path, carry=carry)
-    return [chunk for group in groups for chunk in tile_group(group, settings)]
+    return [chunk for group in groups for chunk in tile_group(change(group), settings)]
 
 
 def compute_shard(
-    shard: Shard, read: ReadSettings, tile: TileSettings, encode: Encode, parts: PartSettings
+    shard: Shard,
+    read: ReadSettings,
+    tile: TileSettings,
+    encode: Encode,
+    parts: PartSettings,
+    fingerprint: str = "f" * 64,
 ) -> CompleteShard:
-    """read → tile → embed → write → ledger for one shard."""
+    """read → tile → embed → write → ledger for one shard, which may replace a committed one."""
     ledger = Ledger([shard.name])
     complete = None
-    for group in read_groups(shard, read):
-        for chunk in tile_group(group, tile):
-            assert complete is None, "nothing comes after the last part"
-            complete = ledger.add(write_part(embed_chunk(chunk, encode, parts), parts))
+    with committed_rows(shard, parts, fingerprint) as committed:
+        for group in read_groups(shard, read):
+            for chunk in tile_group(with_known(group, committed), tile):
+                assert complete is None, "nothing comes after the last part"
+                complete = ledger.add(write_part(embed_chunk(chunk, encode, parts), parts))
     assert complete is not None
     return complete

@@ -12,7 +12,8 @@ from pipeline.records import ShardEnd
 from pipeline.samples import ReadSettings
 from pipeline.stages import read_stage, tile_stage
 from pipeline.tiling import Tiling
-from tests.stages import STORAGE
+from pipeline.writers import FinalizeSettings
+from tests.stages import STORAGE, part_settings
 
 IMAGE_KEY = ("jpg", "jpeg", "png", "webp", "tif", "gif", "bmp", "avif", "ppm")
 CARRY = ("txt", "json:url")
@@ -72,11 +73,13 @@ def run_stages(
 ) -> list[Chunk]:
     read = ReadSettings(STORAGE, IMAGE_KEY, CARRY, accept_truncated)
     tile = TileSettings(tiling, CARRY, deadline_seconds, 8)
-    shard = {"url": np.array([str(path)], object), "name": np.array(["s"], object)}
+    output = FinalizeSettings(part_settings(path.parent), "", 1)  # nothing is committed there
+    columns = {"url": str(path), "name": "s", "before": ""}
+    shard = {name: np.array([value], object) for name, value in columns.items()}
     attempts = attempts or CountedAttempts()
     return [
         Chunk.load(chunk)
-        for group in read_stage(shard, read)
+        for group in read_stage(shard, read, output)
         for chunk in tile_stage(group, tile, attempts)
     ]
 

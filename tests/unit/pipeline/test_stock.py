@@ -27,6 +27,7 @@ KEPT = [
     "embeddings/a/c-00001.parquet",
     "embeddings/n-00007.parquet",  # a shard of that name
     "rejects/a.parquet",
+    "embeddings/v.parquet",
     "rejects/v.parquet",
     "_runs/lock.json",  # no folder of a run
     "notes/mine.txt",

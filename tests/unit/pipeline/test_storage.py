@@ -137,6 +137,27 @@ class TestEveryStorage:
         storage.remove()
         assert storage.list_files(folder) == {"b/z": 1}
 
+    @pytest.mark.parametrize("call", ["remove", "remove_objects"])
+    def test_a_name_is_no_pattern_where_it_is_removed(
+        self, call: str, place: tuple[Storage, str]
+    ) -> None:
+        storage, folder = place
+        strange, others = ["a[1]", "b?", "c*", "d"], ["a1", "bb", "cc", "dd/d", "e[1]"]
+        for name in [*strange, *others]:
+            storage.publish_bytes(f"{folder}/{name}", b"x")
+        getattr(storage, call)(f"{folder}/gone", *(f"{folder}/{name}" for name in strange))
+        assert sorted(storage.iter_files(folder)) == others
+
+    def test_many_objects_are_removed_in_few_requests(
+        self, place: tuple[Storage, str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        storage, folder = place
+        monkeypatch.setattr(storage_module.s3, "DELETED_AT_ONCE", 2)
+        for number in range(5):
+            storage.publish_bytes(f"{folder}/{number}", b"x")
+        storage.remove_objects(*(f"{folder}/{number}" for number in range(4)))
+        assert list(storage.iter_files(folder)) == ["4"]
+
     def test_glob_is_sorted_and_gives_urls_that_open(self, place: tuple[Storage, str]) -> None:
         storage, folder = place
         for name in ("b.tar", "a.tar", "a.txt", "deep/c.tar"):
