@@ -107,6 +107,22 @@ class Compute:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a replica did for one chunk, and how long it had computed nothing before.
+
+    `replica` is the identity of one process on `node`: one that starts again is another. `tiles`
+    counts all it was given, `starved_seconds` goes back to the end of its chunk before, or of its
+    start.
+    """
+
+    node: str
+    replica: str
+    tiles: int
+    seconds: float
+    starved_seconds: float
+
+
+@dataclass(frozen=True)
 class ShardEnd:
     """What the reader knows once it has seen the whole shard.
 
@@ -123,7 +139,10 @@ class ShardEnd:
 
 @dataclass(frozen=True)
 class Head:
-    """The small fields of every row: whose run of samples or tiles this is."""
+    """The small fields of every row: whose run of samples or tiles this is.
+
+    `tile_deaths` and `embed_deaths` are the workers and replicas that died over it before.
+    """
 
     shard: str
     url: str
@@ -133,6 +152,9 @@ class Head:
     end: ShardEnd | None = None
     seconds: Seconds = field(default_factory=Seconds)
     compute: Compute | None = None
+    work: Work | None = None
+    tile_deaths: int = 0
+    embed_deaths: int = 0
 
     @property
     def chunk_id(self) -> str:
@@ -144,11 +166,12 @@ class Head:
     @staticmethod
     def load(data: bytes) -> Head:
         fields = json.loads(data)
-        end, compute = fields.pop("end"), fields.pop("compute")
+        end, compute, work = fields.pop("end"), fields.pop("compute"), fields.pop("work")
         return Head(
             **{**fields, "seconds": Seconds(**fields["seconds"])},
             end=None if end is None else ShardEnd(**end),
             compute=None if compute is None else Compute(**compute),
+            work=None if work is None else Work(**work),
         )
 
 
@@ -156,8 +179,9 @@ class Head:
 class Part:
     """The small row that the driver sees for a chunk that was written.
 
-    `rejects` counts them by `stage/code`. A part that could not be written says why in `failure`.
-    `crc32` is that of the file: nothing but an empty one has 0.
+    `rejects` counts them by `stage/code`, `tile_counts` the pictures by their number of tiles. A
+    part that could not be written says why in `failure`. `crc32` is that of the file: nothing but
+    an empty one has 0.
     """
 
     head: Head
@@ -168,6 +192,7 @@ class Part:
     num_bytes: int
     failure: str | None = None
     crc32: int = 0
+    tile_counts: Mapping[str, int] = field(default_factory=dict)
 
     def dump(self) -> bytes:
         return json.dumps({**asdict(self), "head": self.head.dump().decode()}).encode()
