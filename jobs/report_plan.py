@@ -76,12 +76,11 @@ def compare(
     plan: PlannedTotals, figures: Figures, active_seconds: float | None
 ) -> list[Comparison]:
     """`active_seconds` is the time in which shards were committed, if that can be told."""
-    # A plan counts a reject as a picture too: it is one sample of a tar either way.
-    done = figures.samples / plan.pictures if plan.pictures else 0.0
+    done = figures.pictures / plan.pictures if plan.pictures else 0.0
     hours = figures.device_seconds / 3600 if figures.replicas else None
     rate = figures.tiles / active_seconds if active_seconds else None
     grows: list[tuple[str, str, float, float | None]] = [
-        ("pictures, rejects among them", "", plan.pictures, figures.samples),
+        ("pictures", "", plan.pictures, figures.pictures),
         ("tiles", "", plan.tiles, figures.tiles),
         ("rejects", "", plan.rejects, figures.rejects),
         ("read", "bytes", plan.read_bytes, figures.source_bytes),

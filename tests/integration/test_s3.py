@@ -191,6 +191,19 @@ def test_status_and_verify(whole: RemoteJob) -> None:
     assert "embeddings/00001.parquet" in damaged.stdout
 
 
+def test_report_shows_rejects_of_a_source_on_s3(whole: RemoteJob, tmp_path: Path) -> None:
+    output = f"s3://{whole.bucket}/out"
+    page = tmp_path / "r.html"
+    done = run_cli("report", output, "--out", page, env=whole.server.environment)
+    assert done.returncode == 0, done.stderr
+    told = page.read_text()
+    assert f"<b>{NUM_SHARDS}</b>" in told
+    assert "decode/truncated" in told
+    assert told.count("data:image/jpeg;base64,") == 3  # as many as are shown of a code
+    assert "first row group of 4 of 4 parts" in told
+    assert whole.server.secret not in told
+
+
 def test_no_secret_comes_out(whole: RemoteJob, one_missing: RemoteJob) -> None:
     secret = whole.server.secret
     for job in (whole, one_missing):
