@@ -50,7 +50,7 @@ def test_every_metric_is_in_the_guide() -> None:
     guide = (REPOSITORY / "docs/watching.md").read_text()
     for metric in METRICS:
         assert f"`{metric.exported}`" in guide, metric.exported
-        assert metric.description.rstrip(".") in guide, metric.name
+        assert f"| {metric.description.rstrip('.')} |" in guide, metric.name
 
 
 def test_panels_neither_overlap_nor_share_an_id_and_use_the_chosen_source() -> None:

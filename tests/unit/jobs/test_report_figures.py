@@ -54,6 +54,7 @@ def test_the_sample_of_parts_comes_from_all_of_them_and_is_the_same_again() -> N
         (p.path, p.rows) for p in gather(commit(f"{n:04d}") for n in range(1000)).sampled_parts
     ]
     numbers = [int(path.removeprefix("embeddings/").removesuffix(".parquet")) for path, _ in parts]
+    assert 200 < sorted(numbers)[SAMPLED_PARTS // 2] < 800
     assert min(numbers) < 200
     assert max(numbers) > 800
     assert len(set(numbers)) == SAMPLED_PARTS
