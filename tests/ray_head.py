@@ -20,11 +20,12 @@ import requests
 
 @dataclass(frozen=True)
 class Head:
-    """A running head. `env` is what a client of it needs."""
+    """A running head. `env` is what a client of it needs; `address` is RAY_ADDRESS of a driver."""
 
     url: str
     env: dict[str, str]
     folder: Path
+    address: str
 
 
 def free_ports(count: int) -> list[int]:
@@ -66,7 +67,9 @@ def ray_head(num_cpus: int) -> Iterator[Head]:
     url = f"http://127.0.0.1:{dashboard}"
     try:
         _wait_for_jobs_api(process, url, token, folder / "head.log")
-        yield Head(url, {"RAY_AUTH_TOKEN": token, "RAY_AUTH_MODE": "token"}, folder)
+        yield Head(
+            url, {"RAY_AUTH_TOKEN": token, "RAY_AUTH_MODE": "token"}, folder, f"127.0.0.1:{gcs}"
+        )
     finally:
         _end(process)
         log.close()

@@ -57,12 +57,11 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     whole.write_bytes(whole.read_bytes()[:20_000])
     write_checkpoint(folder / "model", image_size=56)
     with ray_head(num_cpus=6) as head:
-        address = (head.folder / "ray_current_cluster").read_text().strip()
         with prometheus(head.folder / "session_latest") as server:
             done = run_cli(
                 "extract", folder / "in", folder / "out", "--model", folder / "model",
                 "--dtype", "float32", "--batch-tiles", str(BATCH), "--max-reject-rate", "0.5",
-                env={**head.env, "RAY_ADDRESS": address},
+                env={**head.env, "RAY_ADDRESS": head.address},
             )  # fmt: skip
             assert done.returncode == 1, done.stderr
             assert "failed: c: " in done.stdout
