@@ -87,10 +87,13 @@ async def wait_for_tiles(server: Prometheus, client: JobSubmissionClient, job: s
     raise AssertionError("no tile is told")
 
 
+def bearer(head: Head) -> dict[str, str]:
+    return {"Authorization": f"Bearer {head.env['RAY_AUTH_TOKEN']}"}
+
+
 async def photograph_ray(page: Page, head: Head, folder: Path) -> None:
     """The overview and the list of jobs, with our job running."""
-    bearer = {"Authorization": f"Bearer {head.env['RAY_AUTH_TOKEN']}"}
-    await page.open(f"{head.url}/#/jobs", DESKTOP, 700, bearer)
+    await page.open(f"{head.url}/#/jobs", DESKTOP, 700, bearer(head))
     await page.wait_for_text("jobs.cli extract", "RUNNING")
     await page.photograph(folder / "ray-dashboard.png", most=700)
 
@@ -138,10 +141,13 @@ async def take(folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="tessera-pictures-") as name:
         work = Path(name)
         make_input(work)
-        os.environ["RAY_PROMETHEUS_HOST"] = f"http://127.0.0.1:{free_ports(1)[0]}"
-        with ray_head(num_cpus=8) as head, prometheus(head.folder / "session_latest") as server:
-            os.environ.update(head.env)
-            client = JobSubmissionClient(head.url)
+        (port,) = free_ports(1)
+        os.environ["RAY_PROMETHEUS_HOST"] = f"http://127.0.0.1:{port}"
+        with (
+            ray_head(num_cpus=8) as head,
+            prometheus(head.folder / "session_latest", port) as server,
+        ):
+            client = JobSubmissionClient(head.url, headers=bearer(head))
             began = time.time()
             job = submit(client, work)
             await wait_for_tiles(server, client, job)

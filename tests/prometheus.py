@@ -58,13 +58,13 @@ class Prometheus:
 
 
 @contextmanager
-def prometheus(session: Path) -> Iterator[Prometheus]:
+def prometheus(session: Path, port: int | None = None) -> Iterator[Prometheus]:
     """Watches the Ray session whose folder it is given. Fails, never skips, where it is missing:
     who asks for it wants its answer."""
     program = shutil.which("prometheus")
     if program is None:
         pytest.fail("prometheus is not installed (Debian: apt-get install prometheus)")
-    (port,) = free_ports(1)
+    port = port or free_ports(1)[0]
     with tempfile.TemporaryDirectory(prefix="prometheus-") as folder:
         command = [
             program,

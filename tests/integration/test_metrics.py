@@ -56,28 +56,26 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     whole = write_tar(folder / "in/c.tar", samples(4, seed=3))
     whole.write_bytes(whole.read_bytes()[:20_000])
     write_checkpoint(folder / "model", image_size=56)
-    with ray_head(num_cpus=6) as head:
-        with prometheus(head.folder / "session_latest") as server:
-            done = run_cli(
-                "extract", folder / "in", folder / "out", "--model", folder / "model",
-                "--dtype", "float32", "--batch-tiles", str(BATCH), "--max-reject-rate", "0.5",
-                env={**head.env, "RAY_ADDRESS": head.address},
-            )  # fmt: skip
-            assert done.returncode == 1, done.stderr
-            assert "failed: c: " in done.stdout
-            commits = [
-                Commit.parse((folder / f"out/commits/{name}.json").read_bytes(), name)
-                for name in "ab"
-            ]
-            watched = Watched(server, commits, folder, head.folder / "session_latest")
-            server.wait_until(
-                lambda: sum(s.value for s in watched.values(metrics.SHARDS)) == 3,
-                f"three shards, but {watched.values(metrics.SHARDS)}",
-            )
-            server.wait_until(
-                lambda: [s.value for s in watched.values(metrics.PENDING)] == [0], "none pending"
-            )
-            yield watched
+    with ray_head(num_cpus=6) as head, prometheus(head.folder / "session_latest") as server:
+        done = run_cli(
+            "extract", folder / "in", folder / "out", "--model", folder / "model",
+            "--dtype", "float32", "--batch-tiles", str(BATCH), "--max-reject-rate", "0.5",
+            env={**head.env, "RAY_ADDRESS": head.address},
+        )  # fmt: skip
+        assert done.returncode == 1, done.stderr
+        assert "failed: c: " in done.stdout
+        commits = [
+            Commit.parse((folder / f"out/commits/{name}.json").read_bytes(), name) for name in "ab"
+        ]
+        watched = Watched(server, commits, folder, head.folder / "session_latest")
+        server.wait_until(
+            lambda: sum(s.value for s in watched.values(metrics.SHARDS)) == 3,
+            f"three shards, but {watched.values(metrics.SHARDS)}",
+        )
+        server.wait_until(
+            lambda: [s.value for s in watched.values(metrics.PENDING)] == [0], "none pending"
+        )
+        yield watched
 
 
 def test_counters_equal_the_sums_of_the_commits(watched: Watched) -> None:
