@@ -40,7 +40,6 @@ from benchmarks.contenders import (
     our_network,
     random_pixels,
     random_weights,
-    tile_flop,
 )
 from benchmarks.dataset import SMALL_MODEL
 from benchmarks.record import REPOSITORY, RESULTS, Cell, Table, machine, write_result
@@ -64,6 +63,7 @@ from model import attention as kernels
 from model.checkpoint import Checkpoint
 from model.config import Preprocessor, ViTConfig
 from model.encoder import Encoder
+from model.flop import tile_flop
 from model.group import ALONE
 from model.random_checkpoint import MEAN, STD
 from model.tensor_names import parameter_shapes

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.contenders import V1_5, block_flop, random_weights
+from benchmarks.contenders import V1_5, random_weights
 from benchmarks.dataset import SMALL_MODEL
 from benchmarks.record import RESULTS, Cell, Table, machine, write_result
 from benchmarks.timing import (
@@ -53,6 +53,7 @@ from benchmarks.timing import (
 )
 from model import attention as kernels
 from model.config import ViTConfig
+from model.flop import block_flop
 from model.group import ALONE, Group
 from model.intern_vit import Block, Embeddings
 from model.split import check_ranks, head_span, mlp_span

@@ -234,6 +234,28 @@ def status_command(
         show_status(status, output)
 
 
+@app.command("report")
+def report_command(
+    output: Output,
+    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+    plan: Annotated[
+        Path | None, typer.Option(help="What `tessera plan --json` printed, to compare with.")
+    ] = None,
+    source: Annotated[
+        list[str] | None,
+        typer.Option("--input", help="Where the shards are now, for pictures of rejects."),
+    ] = None,
+    storage_options: Annotated[
+        str, typer.Option(help="Passed to fsspec, as a JSON object.", metavar="JSON")
+    ] = "{}",
+) -> None:
+    """Write one HTML file about OUTPUT: pace, replicas, stages, tiles, rejects, plan and actual."""
+    from jobs.report import write_report
+
+    write_report(output, out, plan, tuple(source or ()), parse_options(storage_options))
+    print(out)
+
+
 @app.command("verify")
 def verify_command(
     output: Output,

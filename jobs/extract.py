@@ -23,6 +23,7 @@ from jobs.config import ExtractConfig, tiling_of
 from jobs.progress import Reporter
 from model.checkpoint import Checkpoint, open_checkpoint, weights_digest
 from model.config import count_blocks
+from model.flop import tile_flop
 from model.split import check_ranks
 from pipeline.chunks import TileSettings
 from pipeline.commits import (
@@ -283,6 +284,7 @@ def flow_settings(
         num_tile_tasks=pool.num_tile_tasks,
         max_reject_rate=config.max_reject_rate,
         buffer_bytes=pool.buffer_bytes,
+        tile_flop=tile_flop(checkpoint.config, count_blocks(checkpoint.config, config.layer)),
     )
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from jobs.reindex import Reindexed
     from jobs.status import Status
     from jobs.verify import Verification
+    from pipeline.commits import Progress
 
 STALE_SECONDS = 60.0  # a live run writes its progress record every ten seconds
 
@@ -95,10 +96,8 @@ def show_status(status: Status, output: str) -> None:
         ("rejects", f"{status.rejects:,}"),
         ("work", ", ".join(f"{k} {v:.1f} s" for k, v in status.seconds.items())),
     ]
-    if progress is None:
-        rows.append(("last run", "ended well"))
-    else:
-        rows.append(("last run", _state(status)))
+    rows.append(("last run", run_state(progress)))
+    if progress is not None:
         done = progress.committed + len(progress.failures) + progress.more_failures
         rows.append(("", f"{done} of {progress.shards} shards, {progress.tiles:,} tiles"))
         rows += [("failed", f"{f.shard}: {f.reason}") for f in progress.failures]
@@ -107,9 +106,10 @@ def show_status(status: Status, output: str) -> None:
     Console().print(_table(rows), highlight=False, markup=False)
 
 
-def _state(status: Status) -> str:
-    progress = status.progress
-    assert progress is not None
+def run_state(progress: Progress | None) -> str:
+    """How the last run is doing, or ended, by its progress record."""
+    if progress is None:
+        return "ended well"
     if progress.ended:
         return f"ended {progress.updated_at} with shards left; run it again"
     age = (datetime.now(UTC) - datetime.fromisoformat(progress.updated_at)).total_seconds()

@@ -62,14 +62,14 @@ def read_status(output: str, storage_options: Mapping[str, Any]) -> Status:
     seconds = dict.fromkeys(STAGES, 0.0)
     with explained("read", output):
         shards = sorted(committed_shards(output, storage))
-        for commit in _told(read_commits(output, shards, storage), len(shards)):
+        for commit in told(read_commits(output, shards, storage), len(shards)):
             totals["samples"] += commit.samples
             totals["tiles"] += commit.tiles
             totals["rejects"] += commit.rejects
             totals["bytes"] += sum(part.bytes for part in commit.parts)
             for stage in STAGES:
                 seconds[stage] += getattr(commit.seconds, stage)
-        progress = _newest_progress(output, storage)
+        progress = newest_progress(output, storage)
     return Status(
         dataset=dataset,
         committed=len(shards),
@@ -83,7 +83,7 @@ def read_status(output: str, storage_options: Mapping[str, Any]) -> Status:
     )
 
 
-def _told(commits: Iterator[Commit], total: int) -> Iterator[Commit]:
+def told(commits: Iterator[Commit], total: int) -> Iterator[Commit]:
     """Says on stderr how many are read, where it takes long."""
     due = time.monotonic() + LINE_SECONDS
     for number, commit in enumerate(commits, 1):
@@ -93,7 +93,8 @@ def _told(commits: Iterator[Commit], total: int) -> Iterator[Commit]:
             print(f"{number} of {total} commits read", file=sys.stderr, flush=True)
 
 
-def _newest_progress(output: str, storage: Storage) -> Progress | None:
+def newest_progress(output: str, storage: Storage) -> Progress | None:
+    """What the last run wrote of itself; None where it ended well."""
     runs = join(output, RUNS)
     names = sorted(n for n in storage.iter_files(runs, depth=2) if n.endswith("/progress.json"))
     if not names:

@@ -88,10 +88,21 @@ class Computed(Record):
     batch_tiles: int
 
 
+class Embedder(Record):
+    """A replica that took part, the tiles it computed and the seconds it took for them."""
+
+    node: str
+    replica: str
+    tiles: int
+    seconds: float
+
+
 class Commit(Record):
     """`samples` in the tar = distinct samples in `parts` + rows in `rejects_part`.
 
-    `reused` of the `tiles` were taken over from the commit before, not computed.
+    `reused` of the `tiles` were taken over from the commit before, not computed. `tile_counts`:
+    pictures by their number of tiles; `reject_codes`: rejects by `stage/code`. These and `replicas`
+    are empty in commits of earlier versions.
     """
 
     schema_version: int
@@ -108,6 +119,9 @@ class Commit(Record):
     seconds: StageSeconds
     committed_at: str
     reused: int = 0
+    tile_counts: dict[int, int] = {}
+    reject_codes: dict[str, int] = {}
+    replicas: tuple[Embedder, ...] = ()
 
 
 def _time(text: str) -> str:

@@ -27,14 +27,17 @@ from ray.data._internal.execution.backpressure_policy import (
 from ray.exceptions import RayError
 
 from model.errors import UserError
+from model.flop import peak_flops
 from pipeline.attempts import ActorAttempts
 from pipeline.chunks import TileSettings
 from pipeline.commits import Commit, Failure
 from pipeline.interruption import FlowStopped, Interruption
 from pipeline.ledger import CompleteShard, Ledger
 from pipeline.long_runs import DropBlockStats, QueueLimit
+from pipeline.ray_metrics import RaySink
 from pipeline.records import Part, Shard
 from pipeline.replica import Replica, ReplicaSettings, remember_deaths
+from pipeline.run_metrics import RunMetrics
 from pipeline.samples import ReadSettings
 from pipeline.stages import feed_stage, finalize_stage, read_stage, tile_stage, write_stage
 from pipeline.storage import CredentialsError
@@ -64,6 +67,7 @@ class FlowSettings:
             written at once; shards finalized at once.
         num_tile_tasks: groups tiled at once (None: as many as there are CPUs).
         buffer_bytes: what may wait between the stages (None: half of Ray's object store).
+        tile_flop: work of one tile, for the metrics (None: not known).
     """
 
     read: ReadSettings
@@ -75,6 +79,7 @@ class FlowSettings:
     num_tile_tasks: int | None
     max_reject_rate: float
     buffer_bytes: int | None = None
+    tile_flop: int | None = None
 
 
 @dataclass
@@ -134,6 +139,13 @@ class Flow:
         self._finalizing: dict[Any, str] = {}
         # Made once: Ray publishes each to the whole cluster, for good.
         self._finalize = ray.remote(num_cpus=0)(finalize_stage)
+        self._metrics = RunMetrics(
+            RaySink(settings.replica.parts.run),
+            len(shards),
+            settings.tile_flop,
+            settings.replica.dtype,
+            peak_flops,
+        )
         self._rows: queue.Queue[Part | Exception | None] = queue.Queue(maxsize=1000)
         Interruption.stop = stop
         self._dataset = build_dataset(shards, settings)
@@ -148,6 +160,7 @@ class Flow:
                     ended = not self._take(self._rows.get(timeout=TICK_SECONDS))
                 self._collect(timeout=0)
                 tick(self._tally)
+                self._metrics.tick()
         except Exception:
             self._stop.set()
             while consumer.is_alive():  # it may wait for room in the queue
@@ -158,9 +171,11 @@ class Flow:
         while self._finalizing:
             self._collect(timeout=TICK_SECONDS)
             tick(self._tally)
+            self._metrics.tick()
         if not self._stop.is_set():
             for name in self._ledger.incomplete():
                 self._fail(name, "some of its chunks never came; run the job again")
+        self._metrics.flush()
 
     def _consume(self) -> None:
         """Runs in its own thread: Ray's iterator blocks, and ticks must go on meanwhile."""
@@ -183,7 +198,9 @@ class Flow:
         self._tally.reused += item.reused
         self._tally.rejects.update(item.rejects)
         complete = self._ledger.add(item)
+        self._metrics.part(item)
         if complete is not None:
+            self._metrics.shard(complete)
             self._finish(complete)
         return True
 
@@ -214,11 +231,13 @@ class Flow:
             except (OSError, UserError, RayError) as error:  # the task's own type, or Ray's
                 self._fail(name, str(error).splitlines()[-1])
                 continue
+            self._metrics.committed(commit)
             self._tally.committed += 1
             self._tally.samples += commit.samples
 
     def _fail(self, name: str, reason: str) -> None:
         logger.error("shard %s is not committed: %s", name, reason)
+        self._metrics.failed(name)
         self._tally.failures.append(Failure(shard=name, reason=reason))
         if REFUSED in reason and not self._stop.is_set():
             logger.error(

@@ -163,7 +163,14 @@ def write_part(embedded: Embedded, settings: PartSettings) -> Part:
         failure=failure,
         crc32=zlib.crc32(data),
         reused=embedded.reused,
+        tile_counts=_tile_counts(kept),
     )
+
+
+def _tile_counts(rows: pa.Table) -> dict[str, int]:
+    """Pictures by their number of tiles: each has one tile of index 0."""
+    firsts = rows.filter(pc.equal(rows["tile_index"], 0))["tile_count"]
+    return {str(count): times for count, times in sorted(Counter(firsts.to_pylist()).items())}
 
 
 def part_folder(shard: str) -> str:

@@ -35,6 +35,26 @@ class CompleteShard:
         return sum((Counter(part.rejects) for part in self.parts), Counter())
 
     @property
+    def tile_counts(self) -> Counter[int]:
+        """Pictures by their number of tiles."""
+        counts: Counter[int] = Counter()
+        for part in self.parts:
+            counts.update({int(tiles): pictures for tiles, pictures in part.tile_counts.items()})
+        return counts
+
+    @property
+    def deaths(self) -> Counter[str]:
+        """Workers (stage `tile`) and replicas (`embed`) that died over this shard.
+
+        All chunks of a group tell of the same workers, but for those cut before the last death.
+        """
+        of_group: Counter[int] = Counter()
+        for part in self.parts:
+            of_group[part.head.group] = max(of_group[part.head.group], part.head.tile_deaths)
+        embed = sum(part.head.embed_deaths for part in self.parts)
+        return Counter(tile=of_group.total(), embed=embed)
+
+    @property
     def failure(self) -> str | None:
         """Why the shard must not be committed, if it must not."""
         reasons = [self.end.failure]

@@ -111,6 +111,22 @@ class Compute:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a replica did for one chunk, and how long it had computed nothing before.
+
+    `replica` is the identity of one process on `node`: one that starts again is another. `tiles`
+    counts all it was given, `starved_seconds` goes back to the end of its chunk before, or of its
+    start.
+    """
+
+    node: str
+    replica: str
+    tiles: int
+    seconds: float
+    starved_seconds: float
+
+
+@dataclass(frozen=True)
 class ShardEnd:
     """What the reader knows once it has seen the whole shard.
 
@@ -131,6 +147,7 @@ class Head:
 
     `version` is the object that was read, as the store calls it. `failure` says why nothing came of
     this run, so that its shard must not be committed.
+    `tile_deaths` and `embed_deaths` are the workers and replicas that died over it before.
     """
 
     shard: str
@@ -141,6 +158,9 @@ class Head:
     end: ShardEnd | None = None
     seconds: Seconds = field(default_factory=Seconds)
     compute: Compute | None = None
+    work: Work | None = None
+    tile_deaths: int = 0
+    embed_deaths: int = 0
     version: str = ""
     failure: str | None = None
 
@@ -154,11 +174,12 @@ class Head:
     @staticmethod
     def load(data: bytes) -> Head:
         fields = json.loads(data)
-        end, compute = fields.pop("end"), fields.pop("compute")
+        end, compute, work = fields.pop("end"), fields.pop("compute"), fields.pop("work")
         return Head(
             **{**fields, "seconds": Seconds(**fields["seconds"])},
             end=None if end is None else ShardEnd(**end),
             compute=None if compute is None else Compute(**compute),
+            work=None if work is None else Work(**work),
         )
 
 
@@ -166,8 +187,9 @@ class Head:
 class Part:
     """The small row that the driver sees for a chunk that was written.
 
-    `rejects` counts them by `stage/code`. A part that could not be written says why in `failure`.
-    `crc32` is that of the file. `reused` of the tiles were not computed but taken over.
+    `rejects` counts them by `stage/code`, `tile_counts` the pictures by their number of tiles. A
+    part that could not be written says why in `failure`. `crc32` is that of the file. `reused` of
+    the tiles were not computed but taken over.
     """
 
     head: Head
@@ -179,6 +201,7 @@ class Part:
     failure: str | None = None
     crc32: int = 0
     reused: int = 0
+    tile_counts: Mapping[str, int] = field(default_factory=dict)
 
     def dump(self) -> bytes:
         return json.dumps({**asdict(self), "head": self.head.dump().decode()}).encode()

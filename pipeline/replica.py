@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from model.checkpoint import open_checkpoint, weights_digest
 from model.errors import CheckpointError
 from pipeline.chunks import Chunk
 from pipeline.embedding import PartSettings, embed_chunk, reject_chunk
-from pipeline.records import Compute, Row
+from pipeline.records import Compute, Row, Work
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +128,11 @@ class Replica:
                 **how,
             )
         self._device = "cpu" if settings.device == "cpu" else torch.cuda.get_device_name()
+        context = ray.get_runtime_context()
+        # The process is part of the name: one that starts again is the same actor to Ray.
+        self._name = f"{context.get_actor_id()[:8]}-{os.getpid()}"
+        self._node = ray.util.get_node_ip_address()
+        self._idle_since = time.perf_counter()
 
     def __call__(self, row: Row) -> Row:
         chunk = Chunk.load(row)
@@ -138,9 +144,11 @@ class Replica:
             embedded = reject_chunk(chunk, self._parts, message)
         else:
             try:
+                began = time.perf_counter()
                 embedded = embed_chunk(chunk, self._encoder.encode, self._parts)
+                work = self._work(len(chunk.tiles), began)
                 if len(chunk.tiles) or chunk.known is None:
-                    head = replace(embedded.head, compute=self._compute())
+                    head = replace(embedded.head, compute=self._compute(), work=work)
                     embedded = replace(embedded, head=head)
             except Exception:
                 logger.exception(
@@ -149,7 +157,12 @@ class Replica:
                 logging.shutdown()
                 os._exit(EXIT_ENCODER_FAILED)
         self._deaths.finish.remote(chunk_id)
-        return embedded.dump()
+        return replace(embedded, head=replace(embedded.head, embed_deaths=deaths)).dump()
+
+    def _work(self, tiles: int, began: float) -> Work:
+        """Called when a chunk is done; from then on the replica waits for the next."""
+        starved, self._idle_since = began - self._idle_since, time.perf_counter()
+        return Work(self._node, self._name, tiles, self._idle_since - began, starved)
 
     def _compute(self) -> Compute:
         """`batch_tiles` may change while a replica lives, when memory runs out."""

@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -87,7 +88,7 @@ def tile_stage(row: Row, settings: TileSettings, attempts: Attempts) -> Iterator
     try:
         with _decoder(name, deaths, settings) as decoder:
             for chunk in tile_group(group, settings, decoder):
-                dumped = chunk.dump()
+                dumped = replace(chunk, head=replace(chunk.head, tile_deaths=deaths)).dump()
                 del chunk  # its tiles are not kept while the next ones are cut
                 yield dumped
                 del dumped

@@ -14,7 +14,15 @@ from typing import IO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.commits import Commit, Computed, PartFile, Source, StageSeconds, commit_url
+from pipeline.commits import (
+    Commit,
+    Computed,
+    Embedder,
+    PartFile,
+    Source,
+    StageSeconds,
+    commit_url,
+)
 from pipeline.embedding import PartSettings, part_folder, read_part
 from pipeline.generations import generation_of, objects_of, part_paths, rejects_path
 from pipeline.lease import refuse_if_lost
@@ -25,6 +33,7 @@ from pipeline.records import (
     TILE_FIELDS,
     Part,
     Seconds,
+    Work,
     embedding_schema,
 )
 from pipeline.storage import join, redact
@@ -136,6 +145,25 @@ def publish_shard(
         seconds=StageSeconds(**{k: round(v, 3) for k, v in asdict(seconds).items()}),
         committed_at=datetime.now(UTC).isoformat(timespec="seconds"),
         reused=reused,
+        tile_counts=dict(sorted(shard.tile_counts.items())),
+        reject_codes=dict(sorted(shard.rejects.items())),
+        replicas=_embedders(shard.parts),
+    )
+
+
+def _embedders(parts: Sequence[Part]) -> tuple[Embedder, ...]:
+    done: dict[tuple[str, str], list[Work]] = {}
+    for work in (part.head.work for part in parts):
+        if work is not None:
+            done.setdefault((work.node, work.replica), []).append(work)
+    return tuple(
+        Embedder(
+            node=node,
+            replica=replica,
+            tiles=sum(work.tiles for work in works),
+            seconds=round(sum(work.seconds for work in works), 3),
+        )
+        for (node, replica), works in sorted(done.items())
     )
 
 

@@ -43,16 +43,16 @@ def wait_until(process: subprocess.Popen[bytes], condition: object, seconds: flo
 
 
 def comparable(output: Path) -> dict[str, bytes]:
-    """Every file as it is; of a commit, all but when and how fast."""
+    """Every file as it is; of a commit, all but when, how fast and by whom."""
     return without_times(files_below(output))
 
 
 def without_times(files: dict[str, bytes]) -> dict[str, bytes]:
-    """Files or objects of an OUTPUT; of a commit, all but when and how fast."""
+    """Files or objects of an OUTPUT; of a commit, all but when, how fast and by whom."""
     same = dict(files)
     for name, data in files.items():
         if name.startswith("commits/"):
             commit = json.loads(data)
-            del commit["seconds"], commit["committed_at"]
+            del commit["seconds"], commit["committed_at"], commit["replicas"]
             same[name] = json.dumps(commit).encode()
     return same

@@ -187,6 +187,26 @@ def test_status_and_verify_with_transformers_agree(
     assert (report["samples"], report["embedded"]) == (len(PICTURES) + 20, len(PICTURES) + 20)
 
 
+def test_commits_and_report_tell_who_embedded_what(
+    extracted: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, _ = extracted
+    rows = pds.dataset(folder / "out" / "embeddings").to_table()
+    read = [json.loads(file.read_text()) for file in (folder / "out/commits").rglob("*.json")]
+    embedders = [embedder for commit in read for embedder in commit["replicas"]]
+    assert len({(e["node"], e["replica"]) for e in embedders}) == 1
+    assert sum(e["tiles"] for e in embedders) == rows.num_rows
+    spent = sum(commit["seconds"]["embed"] for commit in read)
+    assert 0 < sum(e["seconds"] for e in embedders) <= spent + 0.05
+    pictures = sum(count for commit in read for count in commit["tile_counts"].values())
+    assert pictures == len(PICTURES) + 20
+    done = run_cli("report", folder / "out", "--out", folder / "report.html")
+    assert (done.returncode, done.stdout) == (0, f"{folder / 'report.html'}\n"), done.stderr
+    page = (folder / "report.html").read_text()
+    assert f"{embedders[0]['node']} {embedders[0]['replica']}" in page
+    assert f"<b>{rows.num_rows:,}</b>" in page
+
+
 def test_bfloat16_center_crop_is_close_and_the_same_twice(tmp_path: Path) -> None:
     write_tar(tmp_path / "in" / "a.tar", samples(12, seed=5))
     checkpoint = write_checkpoint(tmp_path / "model", "layer_norm", image_size=SIDE)

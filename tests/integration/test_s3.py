@@ -106,7 +106,7 @@ def one_missing(server: S3Server, bucket: str, local: LocalJob) -> RemoteJob:
 def without_circumstances(commit: bytes) -> dict[str, Any]:
     """A commit less the times, and the source's address and version."""
     fields: dict[str, Any] = json.loads(commit)
-    for name in ("seconds", "committed_at"):
+    for name in ("seconds", "committed_at", "replicas"):
         del fields[name]
     fields["source"] = {"size": fields["source"]["size"]}
     return fields
@@ -189,6 +189,19 @@ def test_status_and_verify(whole: RemoteJob) -> None:
     damaged = run_cli("verify", f"s3://{whole.bucket}/damaged", *options)
     assert damaged.returncode == 1, damaged.stdout + damaged.stderr
     assert "embeddings/00001.parquet" in damaged.stdout
+
+
+def test_report_shows_rejects_of_a_source_on_s3(whole: RemoteJob, tmp_path: Path) -> None:
+    output = f"s3://{whole.bucket}/out"
+    page = tmp_path / "r.html"
+    done = run_cli("report", output, "--out", page, env=whole.server.environment)
+    assert done.returncode == 0, done.stderr
+    told = page.read_text()
+    assert f"<b>{NUM_SHARDS}</b>" in told
+    assert "decode/truncated" in told
+    assert told.count("data:image/jpeg;base64,") == 3  # as many as are shown of a code
+    assert "first row group of 4 of 4 parts" in told
+    assert whole.server.secret not in told
 
 
 def test_no_secret_comes_out(whole: RemoteJob, one_missing: RemoteJob) -> None:

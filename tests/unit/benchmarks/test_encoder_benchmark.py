@@ -27,12 +27,12 @@ from benchmarks.contenders import (
     Contender,
     build,
     random_pixels,
-    tile_flop,
 )
 from benchmarks.encoder import Accuracy, Settings, measure_accuracy, run, verdicts
 from benchmarks.timing import Speed, find_device, numbers, products, take_turns
 from model.attention import Choice, sdpa
 from model.config import ViTConfig
+from model.flop import tile_flop
 from model.intern_vit import InternViT
 from tests.checkpoints import KINDS, tiny_config
 

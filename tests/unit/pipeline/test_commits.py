@@ -13,6 +13,7 @@ from pipeline.commits import (
     Commit,
     Computed,
     Dataset,
+    Embedder,
     PartFile,
     Source,
     StageSeconds,
@@ -50,6 +51,9 @@ def commit(shard: str) -> Commit:
         computed=(Computed(device="cpu", tensor_parallel=1, attention="sdpa", batch_tiles=4),),
         seconds=StageSeconds(read=1, tile=2, embed=3, write=4),
         committed_at="2026-01-01T00:00:00+00:00",
+        tile_counts={1: 4, 13: 2},
+        reject_codes={"decode/truncated": 1},
+        replicas=(Embedder(node="10.0.0.1", replica="a-1", tiles=2, seconds=3),),
     )
 
 
@@ -132,6 +136,15 @@ def test_what_is_no_output_is_said(tmp_path: Path) -> None:
 def test_a_record_comes_out_as_it_went_in() -> None:
     assert Commit.parse(commit("a/b").dump(), "url") == commit("a/b")
     assert Dataset.parse(dataset().dump(), "url") == dataset()
+
+
+def test_a_commit_of_an_earlier_version_is_read() -> None:
+    fields = json.loads(commit("a").dump())
+    for name in ("tile_counts", "reject_codes", "replicas"):
+        del fields[name]
+    read = Commit.parse(json.dumps(fields).encode(), "u")
+    assert (read.tile_counts, read.reject_codes, read.replicas) == ({}, {}, ())
+    assert read.tiles == 2
 
 
 @pytest.mark.parametrize(

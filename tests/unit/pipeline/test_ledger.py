@@ -131,3 +131,15 @@ def test_a_failure_of_reading_or_writing_is_the_shards() -> None:
     complete = ledger.add(replace(only, head=replace(only.head, end=end), samples=0))
     assert complete is not None
     assert complete.failure == "cut at byte 3"
+
+
+def test_deaths_of_a_group_count_once_those_of_replicas_each() -> None:
+    parts = parts_of("s", [2, 1, 1])
+    tile_deaths, embed_deaths = (1, 2, 0, 3), (0, 1, 0, 2)  # group 0 died again after its chunk 0
+    ledger = Ledger(["s"])
+    complete = None
+    for part, tile, embed in zip(parts, tile_deaths, embed_deaths, strict=True):
+        head = replace(part.head, tile_deaths=tile, embed_deaths=embed)
+        complete = ledger.add(replace(part, head=head))
+    assert complete is not None
+    assert complete.deaths == {"tile": 2 + 3, "embed": 1 + 2}

@@ -13,6 +13,7 @@ from pipeline.records import (
     Reject,
     Seconds,
     ShardEnd,
+    Work,
     carried_field,
     embedding_schema,
     from_ipc,
@@ -30,6 +31,14 @@ ENDS = st.builds(
     truncated_at=st.none() | st.integers(0),
     failure=st.none() | st.text(),
 )
+WORKS = st.builds(
+    Work,
+    node=st.text(),
+    replica=st.text(),
+    tiles=st.integers(0, 10**6),
+    seconds=st.floats(0, 1e6),
+    starved_seconds=st.floats(0, 1e6),
+)
 HEADS = st.builds(
     Head,
     shard=st.text(),
@@ -39,6 +48,9 @@ HEADS = st.builds(
     last_chunk=st.booleans(),
     end=st.none() | ENDS,
     seconds=SECONDS,
+    work=st.none() | WORKS,
+    tile_deaths=st.integers(0, 9),
+    embed_deaths=st.integers(0, 9),
 )
 PARTS = st.builds(
     Part,
@@ -49,6 +61,7 @@ PARTS = st.builds(
     rejects=st.dictionaries(st.text(), st.integers(1), max_size=3),
     num_bytes=st.integers(0),
     failure=st.none() | st.text(),
+    tile_counts=st.dictionaries(st.text(), st.integers(1), max_size=3),
 )
 
 

@@ -16,11 +16,11 @@ import pytest
 
 from pipeline import writers
 from pipeline.chunks import TileSettings
-from pipeline.commits import Commit, commit_url
+from pipeline.commits import Commit, Embedder, commit_url
 from pipeline.embedding import feature_values, part_folder
 from pipeline.lease import LeaseLostError, lease_url
 from pipeline.ledger import CompleteShard
-from pipeline.records import REJECT_SCHEMA, Head, Part, Shard, embedding_schema
+from pipeline.records import REJECT_SCHEMA, Head, Part, Shard, Work, embedding_schema
 from pipeline.samples import ReadSettings
 from pipeline.storage import Storage
 from pipeline.writers import FinalizeSettings, HashingSink, cut_parts, finalize_shard
@@ -140,6 +140,34 @@ def test_values_are_those_of_the_encoder_in_the_tars_order(source: Path, tmp_pat
     finalize_shard(shard, settings)
     stored = feature_values(pq.read_table(tmp_path / "embeddings/s.parquet")["cls"], WIDTH)
     np.testing.assert_array_equal(stored, np.concatenate(seen).astype(np.float16))
+
+
+def test_a_commit_counts_tiles_by_picture_and_rejects_by_code(source: Path, tmp_path: Path) -> None:
+    commit = finalize(source, tmp_path)
+    rows = pq.read_table(tmp_path / "embeddings/s.parquet").to_pylist()
+    pictures = [row["tile_count"] for row in rows if row["tile_index"] == 0]
+    assert commit.tile_counts == {count: pictures.count(count) for count in sorted({*pictures})}
+    assert len(commit.tile_counts) > 1
+    assert sum(tiles * times for tiles, times in commit.tile_counts.items()) == commit.tiles
+    assert commit.reject_codes == {"decode/unidentified": 1}
+
+
+def test_a_commit_names_the_replicas_that_took_part(source: Path, tmp_path: Path) -> None:
+    settings = settings_of(tmp_path)
+    shard = compute(source, settings)
+    works = [Work("n2", "b", 6, 1.0, 9.0), Work("n1", "a", 5, 0.5, 9.0), Work("n2", "b", 4, 2.0, 9)]
+    assert len(shard.parts) > len(works)
+    parts = [
+        replace(part, head=replace(part.head, work=works[at] if at < len(works) else None))
+        for at, part in enumerate(shard.parts)
+    ]
+    commit = finalize_shard(replace(shard, parts=tuple(parts)), settings)
+    assert commit.replicas == (
+        Embedder(node="n1", replica="a", tiles=5, seconds=0.5),
+        Embedder(node="n2", replica="b", tiles=10, seconds=3.0),
+    )
+    stored = (tmp_path / "commits/s.json").read_bytes()
+    assert Commit.parse(stored, "s") == commit
 
 
 def test_finalized_twice_the_bytes_are_the_same(source: Path, tmp_path: Path) -> None:

@@ -1,0 +1,179 @@
+"""Takes the pictures in docs/images: a real run on a Ray head of its own, watched by Prometheus.
+
+    python -m benchmarks.screenshots [--folder docs/images]
+
+Needs Debian's prometheus and chromium. Grafana is in no registry; what its dashboard asks is asked
+of Prometheus itself (`query_range`) and drawn by the charts of the report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from benchmarks.browser import Page, browser
+from jobs.html_charts import Bar, columns
+from jobs.html_elements import Html, element
+from jobs.report import write_report
+from tests.builders import REPOSITORY, picture, sample, write_checkpoint, write_tar
+from tests.dashboards import panels
+from tests.prometheus import Prometheus, prometheus
+from tests.ray_head import Head, free_ports, ray_head
+
+SHARDS, PICTURES = 24, 30
+SHOWN_PANELS = (
+    "Replicas: busy and starved, all together",
+    "Work by stage",
+    "Tiles and pictures a second",
+    "Rejects by code",
+)
+STEP_SECONDS = 2
+DESKTOP, PHONE = 1180, 390
+LOOK_SECONDS = 0.5
+PATIENCE_SECONDS = 300
+
+
+def make_input(folder: Path) -> None:
+    """Shards as img2dataset writes them, some with pictures that are none or that break off."""
+    for shard in range(SHARDS):
+        members = []
+        for index in range(PICTURES):
+            width = 220 + 37 * ((shard + index) % 14)
+            image = picture(width, 240 + 23 * (index % 9), seed=100 * shard + index)
+            if (shard + index) % 17 == 3:
+                image = image[: len(image) * 2 // 3]
+            elif (shard + index) % 41 == 7:
+                image = b"<html>404</html>"
+            members += sample(f"{shard:05d}{index:04d}", image, "a caption", url="u")
+        write_tar(folder / f"in/{shard:05d}.tar", members)
+    write_checkpoint(folder / "model", image_size=224)
+
+
+def submit(client: JobSubmissionClient, folder: Path) -> str:
+    words = f"extract {folder}/in {folder}/out --model {folder}/model --dtype float32"
+    options = "--tiling dynamic --max-tiles 6 --features cls,mean --max-reject-rate 0.5"
+    job: str = client.submit_job(
+        entrypoint=f"python -m jobs.cli {words} {options} --replicas 2",
+        runtime_env={"env_vars": {"PYTHONPATH": str(REPOSITORY), "RAY_ADDRESS": "auto"}},
+        metadata={"input": "in", "output": "out"},
+    )
+    return job
+
+
+async def wait_for_job(client: JobSubmissionClient, job: str) -> None:
+    for _ in range(int(PATIENCE_SECONDS / LOOK_SECONDS)):
+        status = client.get_job_status(job)
+        assert status not in (JobStatus.FAILED, JobStatus.STOPPED), client.get_job_logs(job)
+        if status == JobStatus.SUCCEEDED:
+            return
+        await asyncio.sleep(LOOK_SECONDS)
+    raise AssertionError("the job does not end")
+
+
+async def wait_for_tiles(server: Prometheus, client: JobSubmissionClient, job: str) -> None:
+    for _ in range(int(PATIENCE_SECONDS / LOOK_SECONDS)):
+        if server.query("sum(rate(ray_tessera_tiles_total[1m])) > 0"):
+            return
+        assert not client.get_job_status(job).is_terminal(), client.get_job_logs(job)
+        await asyncio.sleep(LOOK_SECONDS)
+    raise AssertionError("no tile is told")
+
+
+def bearer(head: Head) -> dict[str, str]:
+    return {"Authorization": f"Bearer {head.env['RAY_AUTH_TOKEN']}"}
+
+
+async def photograph_ray(page: Page, head: Head, folder: Path) -> None:
+    """The overview and the list of jobs, with our job running."""
+    await page.open(f"{head.url}/#/jobs", DESKTOP, 700, bearer(head))
+    await page.wait_for_text("jobs.cli extract", "RUNNING")
+    await page.photograph(folder / "ray-dashboard.png", most=700)
+
+
+def metrics_page(server: Prometheus, began: float) -> str:
+    """What some panels of the dashboard show, over the whole run."""
+    ended = time.time()
+    shown = [_panel(server, panel, began, ended) for panel in panels()
+             if panel["title"] in SHOWN_PANELS]  # fmt: skip
+    assert len(shown) == len(SHOWN_PANELS)
+    css = (REPOSITORY / "jobs/report.css").read_text()
+    head = element("head", element("meta", charset="utf-8"), element("style", Html(css)))
+    title = element("h1", "Metrics of a run, as Prometheus has them")
+    return f"<!doctype html>{element('html', head, element('body', title, *shown))}"
+
+
+def _panel(server: Prometheus, panel: dict[str, object], began: float, ended: float) -> Html:
+    parts = [element("h2", str(panel["title"])), element("p", str(panel["description"]))]
+    targets: Sequence[dict[str, str]] = panel["targets"]  # type: ignore[assignment]
+    for target in targets:
+        query = target["expr"].replace("$run", ".+").replace("$SessionName", ".+")
+        found = server.get("query_range", query=query, start=began, end=ended, step=STEP_SECONDS)
+        parts.append(element("p", query, class_="note"))
+        for series in found["result"]:
+            labels = ", ".join(v for k, v in series["metric"].items() if k != "__name__")
+            values = {round(float(at)): float(value) for at, value in series["values"]}
+            first = next(iter(values))
+            steps = range(first - STEP_SECONDS * round((first - began) / STEP_SECONDS),
+                          round(ended), STEP_SECONDS)  # fmt: skip
+            rows = [Bar("", values.get(at, 0.0)) for at in steps]
+            name = labels or target["legendFormat"]
+            top = (
+                f"{name}: at most {max(values.values()):.3g}, last {list(values.values())[-1]:.3g}"
+            )
+            parts.append(columns(rows, _clock(began), _clock(ended), top))
+    return element("section", *parts)
+
+
+def _clock(moment: float) -> str:
+    return f"{datetime.fromtimestamp(moment, UTC):%H:%M:%S} UTC"
+
+
+async def take(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="tessera-pictures-") as name:
+        work = Path(name)
+        make_input(work)
+        (port,) = free_ports(1)
+        os.environ["RAY_PROMETHEUS_HOST"] = f"http://127.0.0.1:{port}"
+        with (
+            ray_head(num_cpus=8) as head,
+            prometheus(head.folder / "session_latest", port) as server,
+        ):
+            client = JobSubmissionClient(head.url, headers=bearer(head))
+            began = time.time()
+            job = submit(client, work)
+            await wait_for_tiles(server, client, job)
+            async with browser() as page:
+                await photograph_ray(page, head, folder)
+                await wait_for_job(client, job)
+                (work / "metrics.html").write_text(metrics_page(server, began))
+                await photograph_file(page, work / "metrics.html", folder / "metrics.png", DESKTOP)
+        write_report(str(work / "out"), work / "report.html")
+        async with browser() as page:
+            await photograph_file(page, work / "report.html", folder / "report.png", DESKTOP)
+            await photograph_file(page, work / "report.html", folder / "report-phone.png", PHONE)
+
+
+async def photograph_file(page: Page, file: Path, picture: Path, width: int) -> None:
+    await page.open(file.as_uri(), width, 900)
+    await page.wait_for("document.readyState == 'complete' && document.body.innerText.length > 99")
+    assert await page.width() <= width, f"{file.name} is wider than {width} pixels"
+    await page.photograph(picture)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Take the pictures in docs/images.")
+    parser.add_argument("--folder", type=Path, default=REPOSITORY / "docs/images")
+    asyncio.run(take(parser.parse_args().folder))
+
+
+if __name__ == "__main__":
+    main()
