@@ -14,6 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from jobs.status import read_status
+from jobs.verify import verify
 from pipeline.embedding import feature_values
 from tests.builders import files_below, picture, run_cli, sample, write_checkpoint, write_tar
 from tests.outputs import extract_plainly
@@ -146,8 +148,8 @@ def test_then_there_is_nothing_to_do_and_what_is_gone_can_be_pruned(story: Story
         *command_line(),
     )  # fmt: skip
     assert again.stdout == "nothing to do: all 3 shards are committed\n", again.stderr
-    verified = run_cli("verify", story.out, "--input", story.folder / "in")
-    assert verified.returncode == 0, verified.stdout
+    report = verify(str(story.out), inputs=(str(story.folder / "in"),))
+    assert (report.problems, report.shards) == ((), 3)
 
 
 def test_another_tiling_becomes_a_version_that_readers_are_led_to(story: Story) -> None:
@@ -165,6 +167,6 @@ def test_another_tiling_becomes_a_version_that_readers_are_led_to(story: Story) 
     fresh = story.fresh("cropped", tiling="center-crop")
     for name in ("keep", "changed", "new"):
         assert_same_rows(story.out / "versions" / version, fresh, name)
-    status = json.loads(run_cli("status", story.out, "--json").stdout)
-    assert (status["version"], status["committed"]) == (version, 3)
-    assert status["dataset"]["settings"]["tiling"] == "center-crop"
+    status = read_status(str(story.out), {})
+    assert (status.version, status.committed) == (version, 3)
+    assert status.dataset.settings["tiling"] == "center-crop"
