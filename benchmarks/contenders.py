@@ -1,4 +1,4 @@
-"""The networks that are measured, with random weights on a device, and the work of a tile.
+"""The networks that are measured, with random weights on a device.
 
 They share their bfloat16 weights. torch alone: nothing of Ray or of storage.
 """
@@ -21,18 +21,6 @@ from model.intern_vit import InternViT
 from model.random_checkpoint import config_json, random_parameter
 from model.tensor_names import Shape, parameter_shapes, tensor_names
 
-# InternViT-6B-448px-V1-5's config.json
-V1_5 = ViTConfig(
-    hidden_size=3200,
-    num_layers=45,
-    num_heads=25,
-    intermediate_size=12800,
-    image_size=448,
-    patch_size=14,
-    norm="rms_norm",
-    qk_norm=True,
-    qkv_bias=False,
-)
 THEIRS, THEIRS_COMPILED = "transformers, sdpa", "transformers, sdpa, compiled"
 OURS, OURS_FP8 = "ours, bfloat16", "ours, fp8"
 
@@ -142,20 +130,3 @@ def float32_tokens(theirs: Any, pixels: Tensor) -> Tensor:
     for layer in theirs.encoder.layer:
         tokens = in_float32(layer, tokens)
     return tokens
-
-
-def block_flop(config: ViTConfig, num_heads: int, num_columns: int) -> int:
-    """Multiplications and additions of one block and tile, with some of its heads and MLP columns.
-
-    Linear layers 2 N (4 D h + 2 D m) and attention's two products 4 N² h, for N tokens, hidden size
-    D, h = heads · head size, m columns. Norms, softmax and GELU are not counted.
-    """
-    N, D, h = config.num_tokens, config.hidden_size, num_heads * config.head_dim
-    return 2 * N * (4 * D * h + 2 * D * num_columns) + 4 * N * N * h
-
-
-def tile_flop(config: ViTConfig) -> int:
-    """FLOP of one tile through the whole network: patch embedding and blocks."""
-    patches = 2 * config.num_patches * 3 * config.patch_size**2 * config.hidden_size
-    block = block_flop(config, config.num_heads, config.intermediate_size)
-    return patches + config.num_layers * block

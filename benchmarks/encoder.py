@@ -33,14 +33,12 @@ from benchmarks.contenders import (
     OURS,
     OURS_FP8,
     THEIRS,
-    V1_5,
     Contender,
     build,
     float32_tokens,
     our_network,
     random_pixels,
     random_weights,
-    tile_flop,
 )
 from benchmarks.dataset import SMALL_MODEL
 from benchmarks.record import REPOSITORY, RESULTS, Cell, Table, machine, write_result
@@ -67,6 +65,7 @@ from model.encoder import Encoder
 from model.group import ALONE
 from model.random_checkpoint import MEAN, STD
 from model.tensor_names import parameter_shapes
+from model.work import V1_5, tile_flop
 
 ERROR_TILES = 2
 USUAL_BATCH = 32  # of the first result and of the profile
