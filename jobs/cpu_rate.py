@@ -123,7 +123,7 @@ class Clock:
     def __init__(self, kind: str, job: Mapping[str, Any]) -> None:
         self._kind = kind
         self._log: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115 closed with the process
-        self._process = subprocess.Popen(
+        self._process = subprocess.Popen(  # noqa: S603 this program's own module
             [sys.executable, "-m", CLOCK, kind],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

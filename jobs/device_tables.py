@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -52,6 +52,7 @@ class Measured(_Entry):
     tiles_per_second: float = Field(gt=0)
     tflop_per_tile: float = Field(gt=0)
     source: str = Field(min_length=1)
+    basis: Literal["benchmark", "run"] = "benchmark"
 
 
 class Device(_Entry):
@@ -138,5 +139,3 @@ def _parse(kind: type[T], path: Path, shown: str) -> T:
         first = error.errors(include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "the document"
         raise UserError(f"{shown}: {where}: {first['msg']}") from error
-
-

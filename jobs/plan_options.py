@@ -49,9 +49,7 @@ class PlanOptions(ExtractOptions):
 class PlanConfig(PlanOptions):
     """A whole plan. `output` may stand in a --config file; it tells nothing here."""
 
-    input: Names = Field(
-        (), description="Shards, folders, globs, brace ranges or @lists."
-    )
+    input: Names = Field((), description="Shards, folders, globs, brace ranges or @lists.")
     output: str | None = Field(None, description="Folder or URL of the output.")
     from_output: str | None = Field(None, description="OUTPUT whose commits give the rates.")
 

@@ -10,7 +10,8 @@ shard i, X bytes in all:
     standard error = M · sqrt((1 - m / M) · s² / m)
 
 and the 95 % interval is total ± t · standard error, t of Student's distribution with m - 1 degrees
-of freedom. Where all shards were looked at the interval is a point.
+of freedom. Where all shards were looked at the interval is a point. Shards that are like those of
+INPUT but none of them (`apart`: an earlier run's) leave the factor 1 - m / M out.
 """
 
 from __future__ import annotations
@@ -48,14 +49,19 @@ def choose(num_shards: int, wanted: int, seed: int) -> list[int]:
 
 
 def ratio_total(
-    counted: Sequence[float], sizes: Sequence[int], num_shards: int, total_bytes: int
+    counted: Sequence[float],
+    sizes: Sequence[int],
+    num_shards: int,
+    total_bytes: int,
+    apart: bool = False,
 ) -> Estimate:
     """The total over all shards of what was `counted` in those of `sizes` bytes."""
-    assert len(counted) == len(sizes) <= num_shards
+    assert len(counted) == len(sizes)
+    assert apart or len(sizes) <= num_shards
     looked_at, seen = len(sizes), sum(sizes)
     if not seen:
         return Estimate(0.0, None, None)
-    if looked_at == num_shards:
+    if looked_at == num_shards and not apart:
         whole = float(sum(counted))
         return Estimate(whole, whole, whole)
     ratio = sum(counted) / seen
@@ -63,7 +69,8 @@ def ratio_total(
     if looked_at < 2:
         return Estimate(total, None, None)
     squares = sum((y - ratio * x) ** 2 for y, x in zip(counted, sizes, strict=True))
-    variance = (1 - looked_at / num_shards) * squares / (looked_at - 1) / looked_at
+    left = 1.0 if apart else 1 - looked_at / num_shards
+    variance = left * squares / (looked_at - 1) / looked_at
     margin = student_t(looked_at - 1) * num_shards * math.sqrt(variance)
     return Estimate(total, max(0.0, total - margin), total + margin)
 

@@ -73,9 +73,7 @@ def try_out(
     parts: list[Part] = []
     tile_seconds = write_seconds = 0.0
     with tempfile.TemporaryDirectory(prefix="tessera-plan-") as folder:
-        output = PartSettings(
-            Storage(), folder, "trial", features, embedding_dtype, settings.carry
-        )
+        output = PartSettings(Storage(), folder, "trial", features, embedding_dtype, settings.carry)
         for number, run in enumerate(runs):
             group = group_of(run, settings.carry, number)
             began = time.process_time()

@@ -53,6 +53,12 @@ def rank_flop(config: ViTConfig, size: int, num_blocks: int | None = None) -> in
     return patch_flop(config) + blocks * block_flop(config, last - first, right - left)
 
 
+def attention_flop(config: ViTConfig, size: int, num_blocks: int) -> int:
+    """The part of `rank_flop` that is attention's two products, which are never in float8."""
+    first, last = head_span(config, 0, size)
+    return num_blocks * 4 * config.num_tokens**2 * (last - first) * config.head_dim
+
+
 def sum_bytes(config: ViTConfig) -> tuple[int, ...]:
     """Bytes of the sums over the ranks, of a block and tile, in the order of the forward pass.
 

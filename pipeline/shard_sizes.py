@@ -43,9 +43,7 @@ def _folders(urls: Sequence[str]) -> list[str]:
         if common > (3 if "://" in parents[0] else 0):
             return ["/".join(first[:common])]
     return [
-        parent
-        for parent in parents
-        if not any(parent.startswith(f"{other}/") for other in parents)
+        parent for parent in parents if not any(parent.startswith(f"{other}/") for other in parents)
     ]
 
 
