@@ -69,16 +69,12 @@ class Costs:
 
 
 def peak_seconds(config: ViTConfig, blocks: int, device: Device, ranks: int, dtype: str) -> float:
-    """Seconds of a tile on the busiest rank at the device's peak.
+    """Seconds of a tile on the busiest rank at the device's peak; float32 by that of bfloat16.
 
     Raises:
-        UserError: the table knows no peak for `dtype`.
+        UserError: the device has no float8.
     """
     flop = rank_flop(config, ranks, blocks)
-    if dtype == "float32":
-        raise UserError(
-            "dtype float32: the table of devices has no peak for it; plan with bfloat16, or for cpu"
-        )
     if dtype != "fp8":
         return flop / (device.bf16_tflops * TERA)
     if device.fp8_tflops is None:
@@ -88,25 +84,20 @@ def peak_seconds(config: ViTConfig, blocks: int, device: Device, ranks: int, dty
     return linear + attention / (device.bf16_tflops * TERA)
 
 
+def summing_seconds(config: ViTConfig, blocks: int, device: Device, ranks: int) -> float:
+    """Seconds a tile of the sums over the ranks, which nothing overlaps."""
+    link = device.link
+    bandwidth, latency = link.gb_per_second * GIGA, link.step_microseconds * 1e-6
+    return sums_seconds(config, ranks, blocks, bandwidth, latency, PLANNED_BATCH)
+
+
 def replica_rate(
     config: ViTConfig, blocks: int, device: Device, ranks: int, dtype: str, share: float
 ) -> float:
-    """Tiles a second of one replica over `ranks` devices that reach `share` of their peak.
-
-    Work of the busiest rank, then the sums over the ranks, which nothing overlaps.
-    """
+    """Tiles a second of one replica over `ranks` devices that reach `share` of their peak."""
     check_ranks(config, ranks)
     computing = peak_seconds(config, blocks, device, ranks, dtype) / share
-    link = device.link
-    summing = sums_seconds(
-        config,
-        ranks,
-        blocks,
-        link.gb_per_second * GIGA,
-        link.step_microseconds * 1e-6,
-        PLANNED_BATCH,
-    )
-    return 1 / (computing + summing)
+    return 1 / (computing + summing_seconds(config, blocks, device, ranks))
 
 
 def fits(config: ViTConfig, device: Device, ranks: int, dtype: str) -> bool:

@@ -10,6 +10,7 @@ from jobs.evidence import Evidence, Way, WayTotals
 from jobs.outcome import CPU_CHUNK_TILES, GPU_CHUNK_TILES, Setting, outcome
 from jobs.plan_document import Comparison, Option
 from jobs.plan_options import CPU, Fleet
+from jobs.terminal import clock
 from model.errors import UserError
 
 RANKS = (1, 2, 4, 8)
@@ -77,12 +78,12 @@ def _ranks(asked: Asked, evidence: Evidence, setting: Setting) -> Comparison:
     """On the first GPU fleet; cpu has no other devices to split a model over."""
     fleet = next((fleet for fleet in asked.fleets if not fleet.is_cpu), None)
     if fleet is None:
-        return Comparison(title="tensor_parallel", options=())
+        return Comparison(title="", options=())
     work = work_of(evidence, evidence.asked, fleet)
     sizes = sorted({*RANKS, asked.ranks})
     options = tuple(
         option(
-            f"{fleet}, tensor_parallel {size}",
+            str(size),
             size == asked.ranks and fleet == asked.fleet,
             Asked((fleet,), size, None if size != asked.ranks else asked.replicas),
             work,
@@ -90,7 +91,7 @@ def _ranks(asked: Asked, evidence: Evidence, setting: Setting) -> Comparison:
         )
         for size in sizes
     )
-    return Comparison(title="tensor_parallel", options=options)
+    return Comparison(title=f"tensor_parallel on {fleet}", options=options)
 
 
 def _ways(asked: Asked, evidence: Evidence, setting: Setting) -> list[Comparison]:
@@ -110,7 +111,7 @@ def _ways(asked: Asked, evidence: Evidence, setting: Setting) -> list[Comparison
             continue
         options = tuple(
             option(
-                _label(way),
+                _label(way, title),
                 way == first,
                 asked,
                 work_of(evidence, evidence.ways[way], asked.fleet),
@@ -126,11 +127,11 @@ def _upscale(way: Way) -> tuple[bool, float]:
     return way.tiling == "dynamic", -(way.max_upscale or float("inf"))
 
 
-def _label(way: Way) -> str:
+def _label(way: Way, title: str) -> str:
     if way.tiling != "dynamic":
         return way.tiling
     upscale = "none" if way.max_upscale is None else f"{way.max_upscale:g}"
-    return f"dynamic, max_tiles {way.max_tiles}, max_upscale {upscale}"
+    return str(way.max_tiles) if title == "max_tiles" else upscale
 
 
 def option(label: str, chosen: bool, asked: Asked, work: Work, setting: Setting) -> Option:
@@ -140,8 +141,8 @@ def option(label: str, chosen: bool, asked: Asked, work: Work, setting: Setting)
     except UserError as error:
         return Option(label=label, chosen=chosen, tiles=work.tiles, note=str(error))
     note: str = found.rate.basis
-    if found.low_seconds != found.high_seconds:
-        note += f", {found.low_seconds / 3600:.3g} to {found.high_seconds / 3600:.3g} h"
+    if clock(found.low_seconds) != clock(found.high_seconds):
+        note += f", {clock(found.low_seconds)} to {clock(found.high_seconds)}"
     return Option(
         label=label,
         chosen=chosen,

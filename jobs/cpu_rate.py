@@ -73,7 +73,6 @@ def measure(
     replicas: int,
     tilers: int,
     say: Callable[[str], None],
-    seconds: float = MEASURE_SECONDS,
 ) -> CpuRates:
     """Starts the processes of a local run, but for Ray, and times them.
 
@@ -90,11 +89,11 @@ def measure(
             ready = [clock.ready() for clock in clocks]
             encoders, tiling = clocks[:replicas], clocks[replicas:]
             say("measuring the replica alone")
-            encode_alone = _rate(_together(encoders, seconds))
+            encode_alone = _rate(_together(encoders, MEASURE_SECONDS))
             say("measuring tiling alone")
-            tile_alone = _rate(_together(tiling, seconds))
+            tile_alone = _rate(_together(tiling, MEASURE_SECONDS))
             say("measuring both together")
-            both = _together(clocks, 2 * seconds)
+            both = _together(clocks, 2 * MEASURE_SECONDS)
     return CpuRates(
         encode_alone=encode_alone,
         encode_beside=_rate(both[:replicas]),

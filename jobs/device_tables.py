@@ -47,10 +47,11 @@ class Link(_Entry):
 
 
 class Measured(_Entry):
-    """Tiles a second of one device, measured with a network of so many TFLOP a tile."""
+    """Tiles a second of one device in a group of `ranks`, with a network of so much work a tile."""
 
     tiles_per_second: float = Field(gt=0)
     tflop_per_tile: float = Field(gt=0)
+    ranks: int = Field(default=1, ge=1)
     source: str = Field(min_length=1)
     basis: Literal["benchmark", "run"] = "benchmark"
 

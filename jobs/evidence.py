@@ -6,13 +6,14 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import sqrt
 
 from jobs.capacity import Costs
 from jobs.config import tiling_of
 from jobs.outcome import CPU_CHUNK_TILES, GPU_CHUNK_TILES
 from jobs.plan_document import Rate, SampleNote
 from jobs.plan_options import PlanConfig
-from jobs.sampling import Estimate, choose, ratio_total
+from jobs.sampling import Estimate, Z, choose, estimate_total, none_seen
 from jobs.survey import Survey, survey
 from jobs.trial import Trial, try_out
 from model.config import Preprocessor, ViTConfig
@@ -170,7 +171,7 @@ def _evidence(
     num_shards, total_bytes = len(found.shards), found.total_bytes
 
     def total(counted: Sequence[float]) -> Estimate:
-        return ratio_total(counted, sizes, num_shards, total_bytes)
+        return estimate_total(counted, sizes, num_shards, total_bytes)
 
     header_rejects = total([count.rejects.total() for count in looked.shards])
     pictures = total([count.ways[0].pictures for count in looked.shards])
@@ -188,16 +189,14 @@ def _evidence(
     }
     seen = sum(sizes)
     counts: Counter[int] = sum((count.ways[0].tile_counts for count in looked.shards), Counter())
-    factor = total_bytes / seen if num_shards > len(sizes) else 1.0
-    rejects = header_rejects.value + undecoded * pictures.value
+    headers = counts.total()
+    factor = pictures.value / max(headers, 1)
     costs = _costs(looked, trial, seen)
     return Evidence(
         shards=num_shards,
         read_bytes=total_bytes,
         pictures=pictures.scaled(1 - undecoded),
-        rejects=Estimate(rejects, header_rejects.low, header_rejects.high)
-        if not undecoded
-        else Estimate(rejects, None, None),
+        rejects=_rejects(header_rejects, pictures.value, headers, trial, num_shards > len(sizes)),
         tile_counts={n: counts[n] * factor for n in sorted(counts)},
         ways=totals,
         costs=costs,
@@ -206,7 +205,7 @@ def _evidence(
             of_shards=num_shards,
             bytes=seen,
             of_bytes=total_bytes,
-            pictures=sum(count.ways[0].pictures for count in looked.shards),
+            pictures=headers,
             decoded_pictures=trial.pictures,
             seed=config.seed,
             missing=found.missing,
@@ -214,6 +213,28 @@ def _evidence(
         ),
         rates=_rates(looked, trial, costs, seen),
         kept=looked.kept,
+    )
+
+
+def _rejects(
+    by_headers: Estimate, pictures: float, headers: int, trial: Trial, sampled: bool
+) -> Estimate:
+    """Rejects that headers and members show, and those that decoding brings: of the latter a few
+    pictures alone were tried."""
+    undecoded = trial.rejects.total()
+    if not undecoded:
+        if by_headers.value == 0 and sampled:
+            return none_seen(headers, pictures)
+        return by_headers
+    share = undecoded / trial.pictures
+    margin = Z * sqrt(share * (1 - share) / trial.pictures) * pictures
+    value = by_headers.value + share * pictures
+    if by_headers.low is None or by_headers.high is None:
+        return Estimate(value, None, None)
+    return Estimate(
+        value,
+        max(float(undecoded), by_headers.low + share * pictures - margin),
+        by_headers.high + share * pictures + margin,
     )
 
 

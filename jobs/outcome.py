@@ -6,24 +6,21 @@ from dataclasses import dataclass
 
 from jobs.capacity import (
     HOUR,
-    TERA,
     Costs,
     Work,
     driver_seconds,
     fits,
     object_store_bytes,
-    peak_seconds,
-    replica_rate,
     request_price,
     requests,
 )
 from jobs.cpu_rate import CpuRates, shared_rate
-from jobs.device_tables import Device, DeviceTable, PriceTable
+from jobs.device_rates import DeviceRate, device_rate
+from jobs.device_tables import DeviceTable, PriceTable
 from jobs.plan_document import Basis, Limit
 from jobs.plan_options import Fleet
 from model.config import ViTConfig
 from model.errors import UserError
-from model.work import tile_flop
 from pipeline.samples import GROUP_BYTES
 
 GPU_CHUNK_TILES, CPU_CHUNK_TILES = 128, 32  # jobs/cluster.py, which imports Ray
@@ -32,18 +29,6 @@ LEAST_IO_TASKS, MOST_IO_TASKS = 2, 64  # jobs/cluster.py: a quarter of the CPUs
 # Of a local run beside its replica's own start: the command, Ray, the first workers, and the end.
 # Measured as benchmarks/results/*-plan-cpu says.
 LOCAL_RUN_SECONDS = 11.0
-SAME_WORK = 0.01  # a rate of a network of other work is scaled; within this it is the same
-
-
-@dataclass(frozen=True)
-class DeviceRate:
-    """Tiles a second of one device with one rank, as low and high as it may be."""
-
-    low: float
-    middle: float
-    high: float
-    basis: Basis
-    source: str
 
 
 @dataclass(frozen=True)
@@ -116,31 +101,6 @@ def outcome(
     return _on_devices(fleet, ranks, replicas, work, setting)
 
 
-def device_rate(device: Device, setting: Setting, ranks: int) -> DeviceRate:
-    """Of a device in a group of `ranks`: measured where the table has it, else assumed.
-
-    A measured rate keeps its share of the device's peak for other networks and splits.
-    """
-    share = setting.devices.share_of_peak
-    basis: Basis = "assumed"
-    low, middle, high = share.low, share.middle, share.high
-    source = f"{share.middle:g} of {device.bf16_tflops:g} TFLOP/s ({share.low:g} to {share.high:g})"
-    if device.measured is not None:
-        found = device.measured
-        ours = tile_flop(setting.config, setting.blocks) / TERA
-        a_tile = peak_seconds(setting.config, setting.blocks, device, 1, setting.dtype)
-        reached = found.tiles_per_second * a_tile * found.tflop_per_tile / ours
-        low = middle = high = reached
-        same = abs(ours / found.tflop_per_tile - 1) <= SAME_WORK and ranks == 1
-        basis = found.basis if same else "scaled"
-        source = found.source
-    rates = [
-        replica_rate(setting.config, setting.blocks, device, ranks, setting.dtype, part) / ranks
-        for part in (low, middle, high)
-    ]
-    return DeviceRate(rates[0], rates[1], rates[2], basis, source)
-
-
 def _on_devices(
     fleet: Fleet, ranks: int, replicas: int | None, work: Work, setting: Setting
 ) -> Outcome:
@@ -157,7 +117,8 @@ def _on_devices(
             f"{min(device.per_node, fleet.count)}); use less"
         )
     number = min(room, replicas or room)
-    rate = device_rate(device, setting, ranks)
+    share = setting.devices.share_of_peak
+    rate = device_rate(device, share, setting.config, setting.blocks, setting.dtype, ranks)
     price = setting.prices.devices.get(device.name)
     cores = None if price is None or price.cores is None else price.cores * fleet.count
     start = setting.devices.start_seconds.value
@@ -312,9 +273,3 @@ def _chunk_bytes(work: Work, setting: Setting) -> float:
 def _request_price(work: Work, wall_seconds: float, setting: Setting) -> float:
     counts = requests(work, setting.costs, wall_seconds, setting.target_part_bytes)
     return request_price(counts, setting.prices)
-
-
-def with_benchmark(table: DeviceTable, name: str, device: Device) -> DeviceTable:
-    """The table with one entry replaced."""
-    entries = tuple(device if entry.name == name else entry for entry in table.devices)
-    return table.model_copy(update={"devices": entries})

@@ -14,9 +14,10 @@ from jobs.bottleneck import Case, advice
 from jobs.capacity import Work, output_bytes, output_objects, requests
 from jobs.comparisons import Asked, compare, fewer_tiles, work_of
 from jobs.cpu_rate import measure, shared_rate
+from jobs.device_rates import with_measured
 from jobs.device_tables import DeviceTable, load_devices, load_prices
 from jobs.evidence import Evidence, cores, look, tiling_by
-from jobs.outcome import CPU_CHUNK_TILES, CpuRun, Outcome, Setting, outcome, with_benchmark
+from jobs.outcome import CPU_CHUNK_TILES, CpuRun, Outcome, Setting, outcome
 from jobs.plan_document import (
     Capacity,
     Chosen,
@@ -67,16 +68,15 @@ def plan(config: PlanConfig, given: frozenset[str] = frozenset()) -> Plan:
     network, shape, preprocessor, notes = find_network(config, run)
     if config.benchmark is not None:
         device, measured = read_benchmark(config.benchmark, devices, config.dtype)
-        replaced = device.model_copy(update={"measured": measured})
-        devices = with_benchmark(devices, device.name, replaced)
+        devices = with_measured(devices, device, measured)
     if run is not None:
         devices = devices_of(run, devices, network.tflop_per_tile)
     asked = find_fleets(config, network, run, devices)
-    notes += _busy()
     if run is not None:
         evidence = evidence_of(config, run, storage)
         cpu = cpu_of(run, _cpu_replicas(config))
     else:
+        notes += _busy()
         evidence = look(config, storage, shape, preprocessor, say)
         cpu = _measure_cpu(config, evidence, preprocessor) if _wants_cpu(asked) else None
     setting = Setting(
@@ -146,10 +146,8 @@ def find_fleets(
 
 def _usual_fleet(config: PlanConfig, network: Network, run: Run | None) -> Fleet:
     small = network.basis == "checkpoint" and network.tflop_per_tile <= CPU_TFLOP
-    on_cpu = run is not None and all(
-        how.device == "cpu" for commit in run.commits for how in commit.computed
-    )
-    if on_cpu or (run is None and small and not GPU_FILE.exists()):
+    kinds = {how.device for commit in run.commits for how in commit.computed} if run else set()
+    if kinds == {"cpu"} or (run is None and small and not GPU_FILE.exists()):
         return Fleet(1, CPU)
     return parse_fleet(USUAL_FLEET)
 

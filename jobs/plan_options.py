@@ -39,7 +39,8 @@ class PlanOptions(ExtractOptions):
     fleet: Names = Field(
         (),
         description="Such as 8xH100 or cpu (a local run here); several, comma-separated, are "
-        "planned side by side, and the first is the one chosen.",
+        "planned side by side, and the first is the one chosen. None: cpu where this machine holds "
+        "the model and has no GPU, else 8xH100.",
     )
     benchmark: Path | None = Field(
         None, description="Result of `python -m benchmarks.encoder` (JSON): its device's rate."

@@ -13,12 +13,13 @@ from typing import Any
 
 from jobs.capacity import Costs
 from jobs.cpu_rate import CpuRates
-from jobs.device_tables import Device, DeviceTable, Measured
+from jobs.device_rates import with_measured
+from jobs.device_tables import DeviceTable, Measured
 from jobs.evidence import Evidence, Way, WayTotals, cores, list_input
-from jobs.outcome import CPU_CHUNK_TILES, GPU_CHUNK_TILES, CpuRun, with_benchmark
+from jobs.outcome import CPU_CHUNK_TILES, GPU_CHUNK_TILES, CpuRun
 from jobs.plan_document import Rate, SampleNote
 from jobs.plan_options import PlanConfig
-from jobs.sampling import Estimate, choose, ratio_total
+from jobs.sampling import Estimate, choose, estimate_total
 from model.errors import UserError
 from pipeline.commits import Commit, Dataset, committed_shards, read_commits, read_dataset
 from pipeline.storage import Storage, explained, redact
@@ -90,7 +91,7 @@ def evidence_of(config: PlanConfig, run: Run, storage: Storage) -> Evidence:
         total_bytes = round(sum(sizes) * num_shards / len(commits))
 
     def total(counted: Sequence[float]) -> Estimate:
-        return ratio_total(counted, sizes, num_shards, total_bytes, apart)
+        return estimate_total(counted, sizes, num_shards, total_bytes, apart)
 
     tiles = total([commit.tiles for commit in commits])
     samples = total([commit.samples - commit.rejects for commit in commits])
@@ -133,12 +134,12 @@ def devices_of(run: Run, table: DeviceTable, tflop_per_tile: float) -> DeviceTab
             continue
         measured = Measured(
             tiles_per_second=tiles / seconds / ranks,
+            ranks=ranks,
             tflop_per_tile=tflop_per_tile,
             source=f"{redact(run.output)}: {tiles:,} tiles on {device}",
             basis="run",
         )
-        replaced: Device = entry.model_copy(update={"measured": measured})
-        table = with_benchmark(table, entry.name, replaced)
+        table = with_measured(table, entry, measured)
     return table
 
 

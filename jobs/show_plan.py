@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.plan_document import Comparison, Interval, Option, Plan
-from jobs.progress import clock
+from jobs.terminal import clock
 from pipeline.printable import printable
 
 GIGA = 1e9
@@ -30,6 +30,7 @@ def show_plan(plan: Plan) -> None:
 
 def _input(plan: Plan) -> list[tuple[str, str]]:
     sample = plan.sample
+    whole = sample.shards == sample.of_shards
     rows = [
         (
             "sample",
@@ -37,9 +38,9 @@ def _input(plan: Plan) -> list[tuple[str, str]]:
             f"{_bytes(sample.of_bytes)}, {sample.pictures:,} headers, "
             f"{sample.decoded_pictures:,} decoded; seed {sample.seed}",
         ),
-        ("pictures", _interval(plan.pictures)),
-        ("tiles", _interval(plan.tiles)),
-        ("rejects", _interval(plan.rejects)),
+        ("pictures", _interval(plan.pictures, whole)),
+        ("tiles", _interval(plan.tiles, whole)),
+        ("rejects", _interval(plan.rejects, whole and not plan.rejects.value)),
         ("pictures by tiles", _histogram(plan.chosen.tile_counts)),
     ]
     if sample.missing:
@@ -134,13 +135,15 @@ def _grid(title: str, rows: list[tuple[str, str]]) -> Table:
     return table
 
 
-def _interval(interval: Interval) -> str:
+def _interval(interval: Interval, whole: bool) -> str:
     text = f"{interval.value:,.0f}"
     if interval.low is None or interval.high is None:
         return f"{text}, interval unknown"
-    if interval.low == interval.high:
+    if whole:
         return f"{text}, counted"
-    share = (interval.high - interval.low) / 2 / interval.value if interval.value else 0.0
+    if not interval.value:
+        return f"{text} (95 %: {interval.low:,.0f} to {interval.high:,.0f})"
+    share = (interval.high - interval.low) / 2 / interval.value
     return f"{text} ± {share:.1%} (95 %: {interval.low:,.0f} to {interval.high:,.0f})"
 
 
