@@ -3,10 +3,11 @@
 python -m benchmarks.plan [--shards N] [--pictures N] [--sample N] [--run N] [--rounds N]
     [--results FOLDER]
 
-Shards of pictures drawn at random from a pool, so that every tile is known. `plan` reads a sample of
-them; its tiles are compared with the truth, and so are those of the samples that other seeds would
-have drawn. Then `plan` and `extract` in turns over some of the shards, on this machine's cores with
-the small model: the wall time that was told and the one that came, from the command to its end.
+Shards of pictures drawn at random from a pool, so that every tile is known. `plan` reads a sample
+of them; its tiles are compared with the truth, and so are those of the samples that other seeds
+would have drawn. Then `plan` and `extract` in turns over some of the shards, on this machine's
+cores with the small model: the wall time that was told and the one that came, from the command to
+its end.
 """
 
 from __future__ import annotations
