@@ -9,6 +9,7 @@ import pytest
 
 from jobs.capacity import (
     CHUNK_SECONDS,
+    PLANNED_BATCH,
     SHARD_SECONDS,
     driver_seconds,
     fits,
@@ -22,7 +23,7 @@ from jobs.capacity import (
 from jobs.device_tables import load_devices, load_prices
 from jobs.trial import try_out
 from model.errors import UserError
-from model.work import V1_5
+from model.work import V1_5, rank_flop, sums_seconds
 from pipeline.chunks import TileSettings
 from pipeline.tiling import Tiling
 from tests.builders import picture
@@ -45,6 +46,13 @@ def test_a_split_model_gives_fewer_tiles_for_each_device() -> None:
     assert slower[1] / slower[0] < 0.8  # over PCIe
     with pytest.raises(UserError, match="tensor_parallel: 26"):
         replica_rate(V1_5, 45, H100, 26, "bfloat16", 0.6)
+
+
+def test_the_busiest_rank_and_the_sums_make_a_tile() -> None:
+    computing = rank_flop(V1_5, 2) / (989e12 * 0.6)
+    summing = sums_seconds(V1_5, 2, 45, 360e9, 3.4e-6, PLANNED_BATCH)
+    found = replica_rate(V1_5, 45, H100, 2, "bfloat16", 0.6)
+    assert found == pytest.approx(1 / (computing + summing))
 
 
 def test_float8_is_faster_where_a_device_has_it() -> None:

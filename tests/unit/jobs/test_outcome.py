@@ -58,7 +58,8 @@ def test_twice_the_devices_take_half_the_time_and_the_same_price() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fleet", "ranks", "replicas"), [(8, 4, 2), (12, 8, 1), (20, 4, 5), (20, 8, 2), (3, 2, 1)]
+    ("fleet", "ranks", "replicas"),
+    [(8, 4, 2), (12, 8, 1), (20, 4, 5), (20, 8, 2), (3, 2, 1), (16, 3, 4)],
 )
 def test_no_replica_lies_on_two_nodes(fleet: int, ranks: int, replicas: int) -> None:
     found = outcome(Fleet(fleet, "H100"), ranks, None, WORK, setting())
