@@ -1,4 +1,4 @@
-"""The networks that are measured, with random weights on a device, and the work of a tile.
+"""The networks that are measured, with random weights on a device.
 
 They share their bfloat16 weights. torch alone: nothing of Ray or of storage.
 """
@@ -21,18 +21,6 @@ from model.intern_vit import InternViT
 from model.random_checkpoint import config_json, random_parameter
 from model.tensor_names import Shape, parameter_shapes, tensor_names
 
-# InternViT-6B-448px-V1-5's config.json
-V1_5 = ViTConfig(
-    hidden_size=3200,
-    num_layers=45,
-    num_heads=25,
-    intermediate_size=12800,
-    image_size=448,
-    patch_size=14,
-    norm="rms_norm",
-    qk_norm=True,
-    qkv_bias=False,
-)
 THEIRS, THEIRS_COMPILED = "transformers, sdpa", "transformers, sdpa, compiled"
 OURS, OURS_FP8 = "ours, bfloat16", "ours, fp8"
 

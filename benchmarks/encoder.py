@@ -33,7 +33,6 @@ from benchmarks.contenders import (
     OURS,
     OURS_FP8,
     THEIRS,
-    V1_5,
     Contender,
     build,
     float32_tokens,
@@ -63,10 +62,10 @@ from model import attention as kernels
 from model.checkpoint import Checkpoint
 from model.config import Preprocessor, ViTConfig
 from model.encoder import Encoder
-from model.flop import tile_flop
 from model.group import ALONE
 from model.random_checkpoint import MEAN, STD
 from model.tensor_names import parameter_shapes
+from model.work import V1_5, tile_flop
 
 ERROR_TILES = 2
 USUAL_BATCH = 32  # of the first result and of the profile

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.func import functional_call
 
-from benchmarks.contenders import V1_5, random_pixels
+from benchmarks.contenders import random_pixels
 from benchmarks.memory import MIB, watch
 from benchmarks.record import RESULTS, Cell, Table, machine, write_result
 from model.checkpoint import Checkpoint, open_checkpoint
@@ -36,6 +36,7 @@ from model.random_checkpoint import write_random_checkpoint
 from model.ranks import ParallelEncoder
 from model.reference import load_reference, reference_embeddings
 from model.tensor_names import num_parameters
+from model.work import V1_5
 
 NUM_FILES = 4
 MIN_COSINE = 0.9995  # of bfloat16 against float32, and of two ranks against one

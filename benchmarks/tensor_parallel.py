@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.contenders import V1_5, random_weights
+from benchmarks.contenders import random_weights
 from benchmarks.dataset import SMALL_MODEL
 from benchmarks.record import RESULTS, Cell, Table, machine, write_result
 from benchmarks.timing import (
@@ -53,15 +53,14 @@ from benchmarks.timing import (
 )
 from model import attention as kernels
 from model.config import ViTConfig
-from model.flop import block_flop
 from model.group import ALONE, Group
 from model.intern_vit import Block, Embeddings
 from model.split import check_ranks, head_span, mlp_span
+from model.work import V1_5, block_flop, ring_seconds, sum_bytes
 
 GIGA, MEGA = 1e9, 1e6
 ROUNDS, PASSES = 7, 4  # of each block, and of a round
 V1_5_RANKS = (1, 2, 4, 8)
-BFLOAT16_BYTES, FLOAT32_BYTES = 2, 4
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Link:
 
     def seconds(self, num_bytes: float, ranks: int) -> float:
         """Of one sum of so many bytes over the ranks."""
-        return 2 * (ranks - 1) * (num_bytes / ranks / self.bandwidth + self.latency)
+        return ring_seconds(num_bytes, ranks, self.bandwidth, self.latency)
 
 
 LINKS = (
@@ -145,15 +144,6 @@ def run(
         ),
     ]
     return tables, notes
-
-
-def sum_bytes(config: ViTConfig) -> tuple[int, ...]:
-    """Bytes of the sums over the ranks, of a block and tile, in the order of the forward pass.
-
-    q's and k's sums of squares (N x 2 float32), then the outputs of `proj` and `fc2` (N x D).
-    """
-    squares = (config.num_tokens * 2 * FLOAT32_BYTES,) if config.qk_norm else ()
-    return (*squares, *[config.num_tokens * config.hidden_size * BFLOAT16_BYTES] * 2)
 
 
 def share_of(config: ViTConfig, rank: int, size: int) -> Share:

@@ -28,6 +28,7 @@ from jobs.config import (
     tiling_of,
     validate,
 )
+from jobs.plan_options import PlanOptions, load_plan_config
 from jobs.terminal import BrokenRunError, claim_stderr, log_to_stderr
 from model.errors import UserError
 from pipeline.printable import printable
@@ -200,6 +201,43 @@ def reindex_command(
     else:
         show_reindexed(done)
     raise typer.Exit(done.exit_status)
+
+
+@app.command("plan")
+@options_of(PlanOptions)
+def plan_command(
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="INPUT...", help="Shards, as `extract` takes them."),
+    ] = None,
+    *,
+    config: ConfigFile = None,
+    from_output: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="OUTPUT",
+            help="Take all rates from the commits of this run, instead of measuring.",
+        ),
+    ] = None,
+    as_json: Json = False,
+    options: Mapping[str, Any],
+) -> None:
+    """Tell what a job will take before it is started: tiles, hours, memory, requests, price."""
+    given = dict(options)
+    if paths:
+        given["input"] = tuple(paths)
+    if from_output is not None:
+        given["from_output"] = from_output
+    job = load_plan_config(config, given)
+    from jobs.plan import plan
+    from jobs.show_plan import show_plan
+
+    found = plan(job, frozenset(options))
+    if as_json:
+        print(found.model_dump_json(indent=1))
+    else:
+        show_plan(found)
 
 
 @app.command("demo")

@@ -23,8 +23,8 @@ from jobs.config import ExtractConfig, tiling_of
 from jobs.progress import Reporter
 from model.checkpoint import Checkpoint, open_checkpoint, weights_digest
 from model.config import count_blocks
-from model.flop import tile_flop
 from model.split import check_ranks
+from model.work import tile_flop
 from pipeline.chunks import TileSettings
 from pipeline.commits import (
     COMMITS,

@@ -13,6 +13,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from jobs.terminal import clock
 from pipeline.commits import RUNS
 from pipeline.commits import Progress as ProgressRecord
 from pipeline.dataflow import Tally
@@ -28,13 +29,6 @@ WINDOW_SECONDS = 30.0  # tiles/s is the rate over the last half minute
 
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def clock(seconds: float) -> str:
-    """`1:02:03`, or `2:03` below an hour."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class Reporter:

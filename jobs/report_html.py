@@ -16,12 +16,12 @@ from pydantic import ByteSize
 
 from jobs.html_charts import Bar, bars, columns, curve, named_columns
 from jobs.html_elements import Child, Html, cut, element, join, table
-from jobs.progress import clock
 from jobs.report_examples import Example, Examples
 from jobs.report_figures import STAGES, Figures, ReplicaFigures
 from jobs.report_plan import Comparison
 from jobs.report_sizes import EDGES, Sizes
 from jobs.report_time import Timeline
+from jobs.terminal import clock
 from pipeline.commits import Dataset, Failure
 from pipeline.storage import redact
 

@@ -23,7 +23,13 @@ from model.errors import CheckpointError
 from model.random_checkpoint import write_random_checkpoint
 from model.tensor_names import tensor_shapes
 
-__all__ = ["Checkpoint", "open_checkpoint", "weights_digest", "write_random_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "open_checkpoint",
+    "open_shape",
+    "weights_digest",
+    "write_random_checkpoint",
+]
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
@@ -65,15 +71,7 @@ def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
     """
     fetch, commit = _opener(source, revision)
     folder = fetch([CONFIG, PREPROCESSOR, INDEX])
-    config, layout, prefixes = parse_config(_read_json(folder / CONFIG), f"{source}: {CONFIG}")
-    preprocessor = parse_preprocessor(
-        _read_json(folder / PREPROCESSOR), f"{source}: {PREPROCESSOR}"
-    )
-    if preprocessor.crop % config.patch_size:
-        raise CheckpointError(
-            f"{source}: {PREPROCESSOR}: tiles of {preprocessor.crop} pixels do not divide into "
-            f"patches of {config.patch_size}"
-        )
+    config, layout, prefixes, preprocessor = _read_shape(source, folder)
 
     names = _weight_files(source, folder, prefixes)
     fetch(names)
@@ -89,6 +87,31 @@ def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
         layout=layout,
         prefix=prefix,
     )
+
+
+def open_shape(source: str, revision: str | None = None) -> tuple[ViTConfig, Preprocessor]:
+    """The network that a checkpoint describes, by its two JSON files; no weights are fetched.
+
+    Raises CheckpointError as `open_checkpoint` does.
+    """
+    fetch, _ = _opener(source, revision)
+    config, _, _, preprocessor = _read_shape(source, fetch([CONFIG, PREPROCESSOR]))
+    return config, preprocessor
+
+
+def _read_shape(
+    source: str, folder: Path
+) -> tuple[ViTConfig, Layout, tuple[str, ...], Preprocessor]:
+    config, layout, prefixes = parse_config(_read_json(folder / CONFIG), f"{source}: {CONFIG}")
+    preprocessor = parse_preprocessor(
+        _read_json(folder / PREPROCESSOR), f"{source}: {PREPROCESSOR}"
+    )
+    if preprocessor.crop % config.patch_size:
+        raise CheckpointError(
+            f"{source}: {PREPROCESSOR}: tiles of {preprocessor.crop} pixels do not divide into "
+            f"patches of {config.patch_size}"
+        )
+    return config, layout, prefixes, preprocessor
 
 
 def weights_digest(checkpoint: Checkpoint) -> str:

@@ -206,6 +206,19 @@ def _runs(planned: list[PlannedPicture], chunk_tiles: int) -> list[list[PlannedP
     return runs
 
 
+CountedTiles = list[int]
+
+
+def count_chunks(tile_counts: CountedTiles, chunk_tiles: int) -> int:
+    """How many chunks a group's pictures of so many tiles make: the rule of `_runs`."""
+    chunks, filled, pictures = 1, 0, 0
+    for count in tile_counts:
+        if pictures and filled + count > chunk_tiles:
+            chunks, filled, pictures = chunks + 1, 0, 0
+        filled, pictures = filled + count, pictures + 1
+    return chunks
+
+
 def _cut(
     run: list[PlannedPicture], settings: TileSettings, decoder: Decoder, known: KnownPictures
 ) -> tuple[pa.Table, pa.Table, npt.NDArray[np.uint8], pa.Table | None]:

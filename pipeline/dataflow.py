@@ -27,7 +27,7 @@ from ray.data._internal.execution.backpressure_policy import (
 from ray.exceptions import RayError
 
 from model.errors import UserError
-from model.flop import peak_flops
+from model.peaks import peak_flops
 from pipeline.attempts import ActorAttempts
 from pipeline.chunks import TileSettings
 from pipeline.commits import Commit, Failure

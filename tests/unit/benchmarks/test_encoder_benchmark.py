@@ -23,7 +23,6 @@ from benchmarks.contenders import (
     OURS_FP8,
     THEIRS,
     THEIRS_COMPILED,
-    V1_5,
     Contender,
     build,
     random_pixels,
@@ -32,8 +31,8 @@ from benchmarks.encoder import Accuracy, Settings, measure_accuracy, run, verdic
 from benchmarks.timing import Speed, find_device, numbers, products, take_turns
 from model.attention import Choice, sdpa
 from model.config import ViTConfig
-from model.flop import tile_flop
 from model.intern_vit import InternViT
+from model.work import V1_5, tile_flop
 from tests.checkpoints import KINDS, tiny_config
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -7,12 +7,11 @@ from math import prod
 import pytest
 import torch
 
-from benchmarks.contenders import V1_5
-from benchmarks.tensor_parallel import Link, largest_share, run, share_of, sum_bytes, sums_seconds
+from benchmarks.tensor_parallel import Link, largest_share, run, share_of, sums_seconds
 from model.errors import UserError
-from model.flop import block_flop, tile_flop
 from model.split import part_of
 from model.tensor_names import parameter_shapes
+from model.work import V1_5, block_flop, sum_bytes, tile_flop
 from tests.checkpoints import KINDS, tiny_config
 
 

@@ -1,30 +1,11 @@
-"""How much there is to compute for a tile, and how fast a GPU could be at the very best."""
+"""How fast a GPU could be at the very best."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from model.config import ViTConfig
-
 TERA = 1e12
-
-
-def block_flop(config: ViTConfig, num_heads: int, num_columns: int) -> int:
-    """Multiplications and additions of one block and tile, with some of its heads and MLP columns.
-
-    Linear layers 2 N (4 D h + 2 D m) and attention's two products 4 N² h, for N tokens, hidden size
-    D, h = heads · head size, m columns. Norms, softmax and GELU are not counted.
-    """
-    N, D, h = config.num_tokens, config.hidden_size, num_heads * config.head_dim
-    return 2 * N * (4 * D * h + 2 * D * num_columns) + 4 * N * N * h
-
-
-def tile_flop(config: ViTConfig, num_blocks: int | None = None) -> int:
-    """FLOP of one tile through the patch embedding and `num_blocks` blocks (None: all)."""
-    patches = 2 * config.num_patches * 3 * config.patch_size**2 * config.hidden_size
-    block = block_flop(config, config.num_heads, config.intermediate_size)
-    return patches + (config.num_layers if num_blocks is None else num_blocks) * block
 
 
 def _tensor_cores(bfloat16: float, fp8: float | None = None) -> Mapping[str, float]:

@@ -1,23 +1,10 @@
-"""The work of a tile, and the peaks it is compared with."""
+"""The peaks that a replica is compared with."""
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 
-from model.flop import PEAKS, peak_flops, tile_flop
-from tests.checkpoints import tiny_config
-
-
-def test_a_tile_through_fewer_blocks_is_less_work_by_that_many_blocks() -> None:
-    config = tiny_config()
-    counts = [tile_flop(config, blocks) for blocks in range(config.num_layers + 1)]
-    steps = {after - before for before, after in itertools.pairwise(counts)}
-    assert len(steps) == 1
-    assert counts[-1] == tile_flop(config)
-    # 16 patches of 14 x 14 x 3 values to 80 channels
-    assert counts[0] == 2 * 16 * 14 * 14 * 3 * 80
+from model.peaks import PEAKS, peak_flops
 
 
 @pytest.mark.parametrize(

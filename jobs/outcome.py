@@ -1,0 +1,275 @@
+"""What comes of a job on a fleet: how long, what limits it, what it costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jobs.capacity import (
+    HOUR,
+    Costs,
+    Work,
+    driver_seconds,
+    fits,
+    object_store_bytes,
+    request_price,
+    requests,
+)
+from jobs.cpu_rate import CpuRates, shared_rate
+from jobs.device_rates import DeviceRate, device_rate
+from jobs.device_tables import DeviceTable, PriceTable
+from jobs.plan_document import Basis, Limit
+from jobs.plan_options import Fleet
+from model.config import ViTConfig
+from model.errors import UserError
+from pipeline.samples import GROUP_BYTES
+
+GPU_CHUNK_TILES, CPU_CHUNK_TILES = 128, 32  # jobs/cluster.py, which imports Ray
+CPU_BUFFER_BYTES = 256 << 20
+LEAST_IO_TASKS, MOST_IO_TASKS = 2, 64  # jobs/cluster.py: a quarter of the CPUs
+# Of a local run beside its replica's own start: the command, Ray, the first workers, and the end.
+# Measured as benchmarks/results/*-plan-cpu says.
+LOCAL_RUN_SECONDS = 11.0
+
+
+@dataclass(frozen=True)
+class CpuRun:
+    """A run on this machine's cores: what was measured, or what a run's commits tell."""
+
+    rates: CpuRates
+    cores: int
+    replicas: int
+    basis: Basis
+    source: str
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all outcomes of a plan have in common."""
+
+    config: ViTConfig
+    blocks: int
+    tile_size: int
+    dtype: str
+    devices: DeviceTable
+    prices: PriceTable
+    costs: Costs
+    target_part_bytes: int
+    cpu: CpuRun | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`low_seconds` and `high_seconds` come from the range of the encoder's rate alone."""
+
+    replicas: int
+    devices: int
+    cores: float | None
+    wall_seconds: float
+    low_seconds: float
+    high_seconds: float
+    start_seconds: float
+    rate: DeviceRate
+    limits: tuple[Limit, ...]
+    device_price: float | None
+    request_price: float
+    object_store_bytes: float
+    cores_needed: float
+
+    @property
+    def device_hours(self) -> float:
+        return self.devices * self.wall_seconds / HOUR
+
+    @property
+    def price(self) -> float | None:
+        return None if self.device_price is None else self.device_price + self.request_price
+
+    @property
+    def bottleneck(self) -> str:
+        return min(self.limits, key=lambda limit: limit.tiles_per_second).name
+
+    @property
+    def tiles_per_second(self) -> float:
+        return min(limit.tiles_per_second for limit in self.limits)
+
+
+def outcome(
+    fleet: Fleet, ranks: int, replicas: int | None, work: Work, setting: Setting
+) -> Outcome:
+    """Raises UserError, one line, where the fleet cannot do it."""
+    if fleet.is_cpu:
+        return _on_cpu(work, setting)
+    return _on_devices(fleet, ranks, replicas, work, setting)
+
+
+def _on_devices(
+    fleet: Fleet, ranks: int, replicas: int | None, work: Work, setting: Setting
+) -> Outcome:
+    device = setting.devices.find(fleet.device)
+    if not fits(setting.config, device, ranks, setting.dtype):
+        raise UserError(
+            f"tensor_parallel {ranks}: the model does not fit into {device.memory_gb:g} GB of an "
+            f"{device.name}; split it over more, or take a larger one"
+        )
+    room = _room(fleet.count, device.per_node, ranks)
+    if not room:
+        raise UserError(
+            f"tensor_parallel {ranks}: {fleet} has no node with that many devices (at most "
+            f"{min(device.per_node, fleet.count)}); use less"
+        )
+    number = min(room, replicas or room)
+    share = setting.devices.share_of_peak
+    rate = device_rate(device, share, setting.config, setting.blocks, setting.dtype, ranks)
+    price = setting.prices.devices.get(device.name)
+    cores = None if price is None or price.cores is None else price.cores * fleet.count
+    start = setting.devices.start_seconds.value
+
+    def limits_at(a_device: float) -> tuple[Limit, ...]:
+        encoder = Limit(
+            name="encoder",
+            tiles_per_second=number * ranks * a_device,
+            detail=f"{number} replicas of {ranks} {device.name}, {ranks * a_device:.3g} tiles/s "
+            f"each",
+        )
+        return (encoder, *_other_limits(work, setting.costs, cores))
+
+    seconds = [
+        start + work.tiles / min(limit.tiles_per_second for limit in limits_at(a_device))
+        for a_device in (rate.high, rate.middle, rate.low)
+    ]
+    limits = limits_at(rate.middle)
+    a_node = min(fleet.count, device.per_node)
+    embedded = min(limit.tiles_per_second for limit in limits)
+    needed = setting.costs.cpu_seconds(work) / max(work.tiles, 1) * embedded
+    chunk_bytes = _chunk_bytes(work, setting)
+    return Outcome(
+        replicas=number,
+        devices=fleet.count,
+        cores=cores,
+        wall_seconds=seconds[1],
+        low_seconds=seconds[0],
+        high_seconds=seconds[2],
+        start_seconds=start,
+        rate=rate,
+        limits=limits,
+        device_price=None if price is None else fleet.count * price.per_hour * seconds[1] / HOUR,
+        request_price=_request_price(work, seconds[1], setting),
+        object_store_bytes=object_store_bytes(
+            chunk_bytes,
+            max(1, round(number * a_node / fleet.count)),
+            needed * a_node / fleet.count,
+            _io_tasks(None if cores is None else cores * a_node / fleet.count),
+            min(GROUP_BYTES, 128 * work.read_bytes / max(work.pictures, 1)),
+        ),
+        cores_needed=needed,
+    )
+
+
+def _on_cpu(work: Work, setting: Setting) -> Outcome:
+    """On a local cluster all share the cores: what cannot go on at the same time adds up."""
+    cpu = setting.cpu
+    if cpu is None:
+        raise UserError(
+            "fleet cpu: the speed of this machine is not known; give --model, the folder of a "
+            "checkpoint that it can hold"
+        )
+    rates, costs = cpu.rates, setting.costs
+    both = shared_rate(rates)
+    io_seconds = (
+        work.read_bytes * costs.read_cpu_per_byte + work.tiles * costs.write_cpu_per_tile
+    ) / cpu.cores
+    start = LOCAL_RUN_SECONDS + rates.load_seconds
+    busy = work.tiles / both + io_seconds + driver_seconds(work)
+    tiling_limited = rates.tile_beside < rates.encode_beside
+    limits = (
+        Limit(
+            name="encoder",
+            tiles_per_second=rates.encode_alone if tiling_limited else both,
+            detail=f"{rates.encode_alone:.3g} tiles/s alone, {rates.encode_beside:.3g} beside "
+            f"tiling on {cpu.cores} cores",
+        ),
+        Limit(
+            name="tiling",
+            tiles_per_second=both if tiling_limited else rates.tile_alone,
+            detail=f"{rates.tile_alone:.3g} tiles/s alone, {rates.tile_beside:.3g} beside the "
+            f"replica",
+        ),
+        *_other_limits(work, costs, None),
+    )
+    wall = start + busy
+    return Outcome(
+        replicas=cpu.replicas,
+        devices=1,
+        cores=float(cpu.cores),
+        wall_seconds=wall,
+        low_seconds=wall,
+        high_seconds=wall,
+        start_seconds=start,
+        rate=DeviceRate(both, both, both, cpu.basis, cpu.source),
+        limits=limits,
+        device_price=_cpu_price(setting, wall),
+        request_price=_request_price(work, wall, setting),
+        object_store_bytes=float(CPU_BUFFER_BYTES),
+        cores_needed=float(cpu.cores),
+    )
+
+
+def _cpu_price(setting: Setting, wall_seconds: float) -> float | None:
+    """A table of the user's may have a price for `cpu`: of this machine."""
+    price = setting.prices.devices.get("cpu")
+    return None if price is None else price.per_hour * wall_seconds / HOUR
+
+
+def _other_limits(work: Work, costs: Costs, cores: float | None) -> list[Limit]:
+    """What the CPUs, the driver and the storage can do, whatever the devices do."""
+    limits = []
+    if cores is not None and work.tiles:
+        a_tile = costs.cpu_seconds(work) / work.tiles
+        limits.append(
+            Limit(
+                name="tiling",
+                tiles_per_second=cores / a_tile,
+                detail=f"{cores:g} cores, {1 / a_tile:.3g} tiles/s each with reading and writing",
+            )
+        )
+    limits.append(
+        Limit(
+            name="driver",
+            tiles_per_second=work.tiles / max(driver_seconds(work), 1e-9),
+            detail=f"{work.tiles / max(work.shards, 1):.3g} tiles a shard, "
+            f"{work.tiles / max(work.chunks, 1):.3g} a chunk",
+        )
+    )
+    streams = _io_tasks(cores)
+    bandwidth = streams * costs.stream_bytes_per_second
+    a_tile_bytes = work.read_bytes / max(work.tiles, 1e-9)
+    limits.append(
+        Limit(
+            name="storage",
+            tiles_per_second=bandwidth / max(a_tile_bytes, 1e-9),
+            detail=f"{streams} readers of {costs.stream_bytes_per_second / 1e6:.3g} MB/s each, as "
+            f"read from here; {a_tile_bytes / 1e3:.3g} kB a tile",
+        )
+    )
+    return limits
+
+
+def _io_tasks(cores: float | None) -> int:
+    if cores is None:
+        return LEAST_IO_TASKS
+    return max(LEAST_IO_TASKS, min(MOST_IO_TASKS, int(cores) // 4))
+
+
+def _room(count: int, per_node: int, ranks: int) -> int:
+    """Replicas that fit, none of them over two nodes."""
+    nodes, rest = divmod(count, per_node)
+    return nodes * (per_node // ranks) + rest // ranks
+
+
+def _chunk_bytes(work: Work, setting: Setting) -> float:
+    side = setting.tile_size
+    return work.tiles / max(work.chunks, 1) * side * side * 3
+
+
+def _request_price(work: Work, wall_seconds: float, setting: Setting) -> float:
+    counts = requests(work, setting.costs, wall_seconds, setting.target_part_bytes)
+    return request_price(counts, setting.prices)
