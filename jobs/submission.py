@@ -148,7 +148,8 @@ def _arguments(parameters: Sequence[Any], values: Mapping[str, Any]) -> list[str
 def _metadata(verb: str, values: Mapping[str, Any], config: ExtractConfig | None) -> dict[str, str]:
     known = {"verb": verb, "tessera_version": version("tessera")}
     if config is not None:
-        inputs = " ".join(map(redact, config.input))
+        entries = [entry if entry.startswith("@") else shared(entry) for entry in config.input]
+        inputs = " ".join(map(redact, entries))
         known |= {
             "input": inputs[:SHOWN_CHARACTERS] + ("…" if len(inputs) > SHOWN_CHARACTERS else ""),
             "output": redact(shared(config.output)),
