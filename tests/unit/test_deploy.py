@@ -1,4 +1,4 @@
-"""The files in deploy/: against KubeRay's published fields, systemd's own check, and our command line."""
+"""deploy/, by KubeRay's published fields, systemd's own check, and our command line."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tests.builders import REPOSITORY
 KUBERAY = REPOSITORY / "deploy" / "kuberay"
 SYSTEMD = REPOSITORY / "deploy" / "systemd"
 # Fields that the files use, and their types in the CRDs of KubeRay v1.7.0 (commit 59d663ae of
-# ray-project/kuberay, ray-operator/config/crd/bases/), looked up on 2026-11-24. `[]` is an entry of a
-# list, `*` a key that the user chooses.
+# ray-project/kuberay, ray-operator/config/crd/bases/), looked up on 2026-11-24. `[]` is an entry
+# of a list, `*` a key that the user chooses.
 POD = {
     "serviceAccountName": "string",
     "securityContext.fsGroup": "integer",
@@ -129,7 +129,7 @@ def test_kuberay_files_use_published_fields(name: str) -> None:
 def test_the_list_of_fields_is_what_kuberay_publishes(name: str) -> None:
     file, fields = PUBLISHED[name]
     document = yaml.safe_load((KUBERAY / name).read_text())
-    crd = yaml.load((Path(CRDS or "") / file).read_text(), Loader=yaml.CSafeLoader)  # noqa: S506
+    crd = yaml.load((Path(CRDS or "") / file).read_text(), Loader=yaml.CSafeLoader)
     versions = {version["name"]: version for version in crd["spec"]["versions"]}
     schema = versions["v1"]["schema"]["openAPIV3Schema"]
     found = {

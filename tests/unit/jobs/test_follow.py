@@ -90,7 +90,9 @@ def test_pieces_of_any_size_make_the_same_text(text: str, connections: list[list
     assert "".join(written) == text
 
 
-def test_a_connection_that_goes_silent_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_connection_that_goes_silent_is_made_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(follow_module, "SILENCE_SECONDS", 0.01)
 
     class Silent(Broken):
@@ -102,6 +104,7 @@ def test_a_connection_that_goes_silent_is_made_again(monkeypatch: pytest.MonkeyP
     cluster = Silent((9, 9))
     text, _ = followed(cluster)
     assert (text, cluster.connections) == (LOG, 2)
+    assert capsys.readouterr().err == "", "a job may have nothing to say"
 
 
 def test_what_the_log_says_cannot_command_the_terminal() -> None:
