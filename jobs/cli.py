@@ -300,25 +300,26 @@ def submit_command(
 
     submission = prepare(arguments) if arguments else None
     from jobs import submit as jobs_api
-    from jobs.ray_jobs import connect
+    from jobs.ray_jobs import answering, connect
 
     place = jobs_api.Place(entrypoint_num_cpus, jobs_api.parse_resources(entrypoint_resources))
     cluster = connect(address)
-    if list_jobs:
-        jobs_api.show_jobs(cluster.jobs(), as_json)
-    elif stop is not None:
-        going_on = cluster.stop(stop)
-        print(f"job {stop}: {'told to end' if going_on else 'is over already'}")
-    elif follow is not None:
-        raise typer.Exit(jobs_api.follow_to_end(cluster, follow))
-    else:
-        assert submission is not None
-        submitted = jobs_api.submit(cluster, submission, place, job_id)
-        if detach:
-            print(submitted)
+    with answering():
+        if list_jobs:
+            jobs_api.show_jobs(cluster.jobs(), as_json)
             return
-        print(f"tessera: job {submitted}", file=sys.stderr, flush=True)
-        raise typer.Exit(jobs_api.follow_to_end(cluster, submitted))
+        if stop is not None:
+            going_on = cluster.stop(stop)
+            print(f"job {stop}: {'told to end' if going_on else 'is over already'}")
+            return
+        if submission is not None:
+            follow = jobs_api.submit(cluster, submission, place, job_id)
+            if detach:
+                print(follow)
+                return
+            print(f"tessera: job {follow}", file=sys.stderr, flush=True)
+    assert follow is not None
+    raise typer.Exit(jobs_api.follow_to_end(cluster, follow))
 
 
 @app.command("schedule", context_settings={"allow_interspersed_args": False})

@@ -152,6 +152,15 @@ def explained(job_id: str = "") -> Iterator[None]:
         raise BrokenRunError(f"the cluster's Jobs API: {lines[-1].strip()}") from error
 
 
+@contextmanager
+def answering() -> Iterator[None]:
+    """Turns a cluster that does not answer into one line, where nobody waits for it."""
+    try:
+        yield
+    except AWAY as error:
+        raise BrokenRunError(f"the cluster does not answer ({type(error).__name__})") from error
+
+
 def _job(details: Any) -> Job:
     return Job(
         id=details.submission_id or details.job_id,

@@ -6,10 +6,11 @@ import os
 from types import SimpleNamespace
 
 import pytest
+import requests
 from ray.exceptions import AuthenticationError
 
 from jobs import ray_jobs
-from jobs.ray_jobs import ADDRESS, Cluster, Job, UnknownJobError, connect, explained
+from jobs.ray_jobs import ADDRESS, Cluster, Job, UnknownJobError, answering, connect, explained
 from jobs.terminal import BrokenRunError
 from model.errors import UserError
 
@@ -53,6 +54,12 @@ def test_errors_are_one_line(raised: Exception, becomes: type[Exception], said: 
     with pytest.raises(becomes, match=said) as caught, explained("j"):
         raise raised
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("raised", [ConnectionError("x"), TimeoutError(), requests.ReadTimeout()])
+def test_a_cluster_that_does_not_answer_is_one_line(raised: Exception) -> None:
+    with pytest.raises(BrokenRunError, match=type(raised).__name__), answering():
+        raise raised
 
 
 def test_drivers_that_nobody_submitted_are_not_listed() -> None:
