@@ -57,12 +57,16 @@ def follow(
     while True:
         try:
             job = cluster.job(job_id)
+            heard = clock()
+            if not job.over:
+                shown.begin()
+                asyncio.run(_pour(cluster, job_id, shown))
+                job = cluster.job(job_id)
             heard, wait = clock(), PAUSE_SECONDS[0]
             if job.over:
                 _finish(cluster, job_id, shown)
                 return job
-            shown.begin()
-            asyncio.run(_pour(cluster, job_id, shown))
+            pause(wait)  # the connection was closed early, or had nothing to say
         except (*AWAY, BrokenRunError) as error:
             if clock() - heard > AWAY_SECONDS:
                 raise BrokenRunError(

@@ -56,9 +56,13 @@ class Broken(Cluster):
         return LOG
 
 
-def followed(cluster: Cluster, clock: Callable[[], float] = lambda: 0.0) -> tuple[str, Job]:
+def followed(
+    cluster: Cluster,
+    clock: Callable[[], float] = lambda: 0.0,
+    pause: Callable[[float], object] = lambda seconds: None,
+) -> tuple[str, Job]:
     written: list[str] = []
-    ended = follow(cluster, "j", written.append, lambda seconds: None, clock)
+    ended = follow(cluster, "j", written.append, pause, clock)
     return "".join(written), ended
 
 
@@ -74,6 +78,26 @@ def test_each_character_once_and_in_order(
     text, ended = followed(Broken(reaches, failure))
     assert text == LOG
     assert ended.exit_status == 0
+
+
+def test_a_connection_that_closes_early_is_not_made_again_at_once() -> None:
+    pauses: list[float] = []
+    followed(Broken((5, 5, 5)), pause=pauses.append)
+    assert pauses == [1.0, 1.0]
+
+
+def test_a_cluster_is_asked_less_and_less_often() -> None:
+    pauses: list[float] = []
+
+    class Away(Broken):
+        def job(self, job_id: str) -> Job:
+            if len(pauses) < 6:
+                raise ConnectionError("refused")
+            return super().job(job_id)
+
+    text, _ = followed(Away((30,)), pause=pauses.append)
+    assert text == LOG
+    assert pauses == [1.0, 2.0, 4.0, 8.0, 15.0, 15.0]
 
 
 @given(st.text(max_size=60), st.lists(st.lists(st.integers(1, 9), max_size=9), max_size=5))
