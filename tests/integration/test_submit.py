@@ -13,6 +13,7 @@ import pytest
 
 from jobs.ray_jobs import STOPPED_STATUS
 from jobs.schedule import last_document
+from jobs.schedule_history import read_history
 from tests.builders import REPOSITORY, cli_env, run_cli, samples, write_checkpoint, write_tar
 from tests.ray_head import Head, ray_head
 from tests.relay import relay
@@ -52,12 +53,6 @@ def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
     raise AssertionError("it never came so far")
 
 
-def listed(head: Head) -> dict[str, dict[str, object]]:
-    done = submit(head, "--list", "--json")
-    assert done.returncode == 0, done.stderr
-    return {job["id"]: job for job in json.loads(done.stdout)}
-
-
 def test_a_job_is_followed_to_its_end(head: Head, work: Path) -> None:
     done = submit(
         head, "--job-id", "whole", "--", work / "in", work / "out", "--config", work / "job.yaml",
@@ -69,10 +64,6 @@ def test_a_job_is_followed_to_its_end(head: Head, work: Path) -> None:
     assert (summary["committed"], summary["samples"]) == (2, 12)
     dataset = json.loads((work / "out/dataset.json").read_text())
     assert dataset["settings"]["max_tiles"] == 2, "the config file came along"
-    told = listed(head)["whole"]
-    assert told["status"] == "SUCCEEDED"
-    assert told["metadata"]["fingerprint"] == dataset["fingerprint"]  # type: ignore[index]
-    assert told["metadata"]["output"] == str(work / "out")  # type: ignore[index]
 
 
 def test_a_job_is_stopped_and_leaves_whole_shards(head: Head, work: Path) -> None:
@@ -90,21 +81,14 @@ def test_a_job_is_stopped_and_leaves_whole_shards(head: Head, work: Path) -> Non
     committed = len(list(commits.glob("*.json")))
     assert 0 < committed < 400
     assert not list((work / "part/_runs").glob("lease-*")), "it was given time to tidy up"
-    assert submit(head, "--stop", "endless").stdout == "job endless: is over already\n"
-    assert listed(head)["endless"]["status"] == "STOPPED"
 
 
 def test_exit_status_and_reason_of_a_job_that_fails(head: Head, work: Path) -> None:
-    done = submit(
-        head, "--job-id", "none", "--", work / "none", work / "o", "--model", work / "model"
-    )
+    done = submit(head, "--job-id", "none", "--", "verify", work / "none")
     assert done.returncode == 2
     assert "tessera: " in done.stdout
     assert done.stderr.endswith("tessera: job none: failed with exit status 2\n")
-    assert listed(head)["none"]["exit_code"] == 2
-    again = submit(
-        head, "--job-id", "none", "--", work / "in", work / "o", "--model", work / "model"
-    )
+    again = submit(head, "--job-id", "none", "--", "verify", work / "out")
     assert again.returncode == 2
     assert again.stderr == "tessera: job none: the cluster has one of that id already\n"
 
@@ -152,6 +136,52 @@ def test_a_cut_connection_costs_no_line_and_no_line_comes_twice(head: Head, tmp_
     assert (process.returncode, errors) == (7, "tessera: job talk: failed with exit status 7\n")
 
 
+def test_a_schedule_computes_what_changed_and_nothing_else(head: Head, tmp_path: Path) -> None:
+    """Three runs: all of it; one shard added, one changed in one picture, one gone; nothing."""
+    pytest.importorskip("jobs.reindex")
+    source, output, history = tmp_path / "in", tmp_path / "out", tmp_path / "history.jsonl"
+    for number in range(3):
+        write_tar(source / f"{number}.tar", samples(4, seed=number))
+    checkpoint = write_checkpoint(tmp_path / "model")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.stepped_schedule", head.url, history,
+         source, output, "--model", checkpoint, "--dtype", "float32"],
+        env=cli_env(head.env), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdin is not None
+    assert process.stdout is not None
+
+    def next_end() -> str:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if ", exit " in line:
+                return line
+        raise AssertionError(process.wait())
+
+    assert "SUCCEEDED, exit 0" in next_end()
+    write_tar(source / "3.tar", samples(2, seed=30))
+    size = len(samples(1))
+    write_tar(source / "1.tar", samples(4, seed=99)[:size] + samples(4, seed=1)[size:])
+    (source / "2.tar").unlink()
+    process.stdin.write("\n")
+    process.stdin.flush()
+    next_end()
+    process.stdin.write("\n")
+    process.stdin.flush()
+    next_end()
+    process.communicate(timeout=60)  # closes stdin: it ends
+    assert process.returncode == 0
+    ends = [run.end for run in read_history(history)]
+    changes = [end.changed for end in ends if end is not None and end.changed is not None]
+    assert len(changes) == len(ends) == 3
+    computed = [(change["committed"], change["computed_tiles"]) for change in changes]
+    assert computed == [(3, 12), (2, 3), (0, 0)], "two new pictures and the changed one"
+    classes = changes[1]["plan"]["classes"]
+    assert {name: kind["shards"] for name, kind in classes.items() if kind["shards"]} == {
+        "new": 1, "changed": 1, "unchanged": 1, "vanished": 1,
+    }  # fmt: skip
+
+
 def test_another_token_is_refused_in_one_line(head: Head) -> None:
     done = submit(head, "--list", RAY_AUTH_TOKEN="0" * 64)
     assert done.returncode == 2
@@ -159,8 +189,21 @@ def test_another_token_is_refused_in_one_line(head: Head) -> None:
     assert "refuses this user's token" in done.stderr
 
 
-def test_the_list_names_every_job(head: Head, work: Path) -> None:
-    done = submit(head, "--list")
-    lines = {line.split()[0]: line for line in done.stdout.splitlines()}
-    assert set(lines) == {"whole", "endless", "none", "talk"}
-    assert f"extract {work / 'out'}" in lines["whole"]
+def test_the_list_tells_of_every_job(head: Head, work: Path) -> None:
+    done = submit(head, "--list", "--json")
+    assert done.returncode == 0, done.stderr
+    told = {job["id"]: job for job in json.loads(done.stdout) if "reindex-" not in job["id"]}
+    assert {name: (job["status"], job["exit_code"]) for name, job in told.items()} == {
+        "whole": ("SUCCEEDED", 0),
+        "endless": ("STOPPED", None),
+        "none": ("FAILED", 2),
+        "talk": ("FAILED", 7),
+    }
+    dataset = json.loads((work / "out/dataset.json").read_text())
+    assert told["whole"]["metadata"] == {
+        "verb": "extract",
+        "input": str(work / "in"),
+        "output": str(work / "out"),
+        "fingerprint": dataset["fingerprint"],
+        "tessera_version": dataset["tessera_version"],
+    }
