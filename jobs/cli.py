@@ -357,6 +357,121 @@ def inspect_command(
         print(f"{image}: {caption(plan)}\n{written}")
 
 
+@app.command("submit", context_settings={"allow_interspersed_args": False})
+def submit_command(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="-- [VERB] ARGUMENTS...",
+            help="What to run there: extract (the default), reindex or verify, and its arguments.",
+        ),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="The head's dashboard, as http://127.0.0.1:8265.  [default: RAY_ADDRESS]",
+        ),
+    ] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Print the id; do not follow.")] = False,
+    job_id: Annotated[
+        str | None, typer.Option(metavar="ID", help="Id of the job.  [default: Ray's choice]")
+    ] = None,
+    entrypoint_num_cpus: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="CPUs of the driver; it may then run on a worker.  [default: 0]",
+        ),
+    ] = None,
+    entrypoint_resources: Annotated[
+        str | None,
+        typer.Option(metavar="JSON", help="Other resources of the driver.  [default: none]"),
+    ] = None,
+    list_jobs: Annotated[bool, typer.Option("--list", help="List the cluster's jobs.")] = False,
+    stop: Annotated[
+        str | None, typer.Option(metavar="ID", help="End a job; what is committed stays.")
+    ] = None,
+    follow: Annotated[
+        str | None, typer.Option(metavar="ID", help="Show a job's log until it is over.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --list: one document.")] = False,
+) -> None:
+    """Run a command as a job of a Ray cluster, follow its log, and end with its exit status."""
+    asked = [list_jobs, stop is not None, follow is not None, bool(arguments)]
+    if sum(asked) != 1:
+        raise UserError("submit: expected one of -- ARGUMENTS, --list, --stop ID, --follow ID")
+    from jobs.submission import prepare
+
+    submission = prepare(arguments) if arguments else None
+    from jobs import submit as jobs_api
+    from jobs.ray_jobs import answering, connect
+
+    place = jobs_api.Place(entrypoint_num_cpus, jobs_api.parse_resources(entrypoint_resources))
+    cluster = connect(address)
+    with answering():
+        if list_jobs:
+            jobs_api.show_jobs(cluster.jobs(), as_json)
+            return
+        if stop is not None:
+            going_on = cluster.stop(stop)
+            print(f"job {stop}: {'told to end' if going_on else 'is over already'}")
+            return
+        if submission is not None:
+            follow = jobs_api.submit(cluster, submission, place, job_id)
+            if detach:
+                print(follow)
+                return
+            print(f"tessera: job {follow}", file=sys.stderr, flush=True)
+    assert follow is not None
+    raise typer.Exit(jobs_api.follow_to_end(cluster, follow))
+
+
+@app.command("schedule", context_settings={"allow_interspersed_args": False})
+def schedule_command(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="-- ARGUMENTS...", help="Arguments of `tessera reindex`."),
+    ] = None,
+    cron: Annotated[
+        str | None,
+        typer.Option(metavar="FIELDS", help="When, as cron says it: '*/30 * * * *'.  [required]"),
+    ] = None,
+    timezone: Annotated[
+        str, typer.Option(metavar="ZONE", help="Of the cron fields, as Europe/Berlin.")
+    ] = "UTC",
+    history: Annotated[
+        Path, typer.Option(help="JSON lines: each run's start, end, changes and exit status.")
+    ] = Path("tessera-schedule.jsonl"),
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="The head's dashboard, as http://127.0.0.1:8265.  [default: RAY_ADDRESS]",
+        ),
+    ] = None,
+    show: Annotated[bool, typer.Option("--show", help="Print the history, and end.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --show: one document.")] = False,
+) -> None:
+    """Run `reindex` on a timetable, one at a time, as jobs of a Ray cluster. Until SIGTERM."""
+    if show:
+        from jobs.schedule import show_history
+        from jobs.schedule_history import read_history
+
+        show_history(read_history(history), as_json)
+        return
+    if cron is None:
+        raise UserError("schedule: expected --cron, such as --cron '*/30 * * * *'")
+    from jobs.timetable import Timetable
+
+    timetable = Timetable.parse(cron, timezone)
+    from jobs.schedule import run_schedule
+    from jobs.submit import Place
+
+    run_schedule(timetable, history, address, arguments or [], Place())
+
+
 def main() -> None:
     claim_stderr()
     log_to_stderr()

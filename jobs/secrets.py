@@ -45,7 +45,7 @@ def holds_secret(value: object) -> bool:
 
 def warn_of_command_line(given: Mapping[str, Any]) -> None:
     """Says once that other users of this machine read a secret on the command line."""
-    if holds_secret({**given, "storage_options": _parsed(given.get("storage_options"))}):
+    if holds_secret({**given, "storage_options": options_as_typed(given.get("storage_options"))}):
         logger.warning(
             "a secret on the command line can be read by every user of this machine; use the "
             "storage's own variables or profile (such as AWS_PROFILE), or storage_options in a "
@@ -86,7 +86,7 @@ def hide_command_line() -> None:
         setproctitle(" ".join(["tessera", *shown]))
 
 
-def _parsed(options: object) -> object:
+def options_as_typed(options: object) -> object:
     """Storage options as they were typed; what is no JSON is refused elsewhere."""
     if not isinstance(options, str):
         return options
