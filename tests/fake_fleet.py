@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import pyarrow as pa
 import ray
 from ray.actor import ActorHandle
@@ -130,11 +130,9 @@ def made(folder: Path) -> dict[str, list[tuple[str, ...]]]:
     return found
 
 
-def alive() -> int:
-    """Replicas that hold GPUs now."""
-    actors = ray._private.state.actors().values()
-    states = Counter(a["State"] for a in actors if "Replica" in a.get("ReprName", a["Name"]))
-    return states["ALIVE"]
+def alive(folder: Path) -> int:
+    """Replicas whose process lives."""
+    return sum(psutil.pid_exists(int(file.name.split("-")[2])) for file in folder.glob("made-*"))
 
 
 def settings_for(folder: Path, tensor_parallel: int, replicas: tuple[int, int]) -> FlowSettings:

@@ -88,7 +88,7 @@ def test_a_pool_grows_under_load_and_shrinks_without(nodes: Fleet, tmp_path: Pat
     sizes: list[int] = []
 
     def look(tally: Tally) -> None:
-        sizes.append(alive())
+        sizes.append(alive(tmp_path))
         if sizes[-1] == 6:
             (tmp_path / "go").touch()  # all is quickly done but the last shard, which is not read
         if max(sizes) == 6 and sizes[-1] == 2:

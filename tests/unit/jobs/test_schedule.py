@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -16,6 +19,7 @@ from jobs.schedule_history import LOST, NOT_SUBMITTED, Run, held_history, read_h
 from jobs.submit import Place
 from jobs.timetable import Timetable
 from model.errors import UserError
+from tests.builders import cli_env
 
 NOON = datetime(2026, 11, 24, 12, tzinfo=UTC)
 SUMMARY = {"new": 1, "unchanged": 2}
@@ -213,6 +217,22 @@ def test_the_history_is_shown(bench: Bench, capsys: pytest.CaptureFixture[str]) 
     show_history(runs, as_json=True)
     (document,) = json.loads(capsys.readouterr().out)
     assert document["end"]["changed"] == SUMMARY
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_wait_at_once(number: signal.Signals) -> None:
+    code = (
+        "from jobs.schedule import WallClock\nclock = WallClock()\n"
+        "print('waits', flush=True)\nprint(clock.wait(600), clock.wait(600))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=cli_env(), stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "waits\n"
+        process.send_signal(number)
+        assert process.communicate(timeout=30)[0] == "True True\n"
+    assert process.returncode == 0
 
 
 @pytest.mark.parametrize("arguments", [[], ["reindex"]])
