@@ -1,7 +1,7 @@
 """Does `tessera plan` say what comes?
 
 python -m benchmarks.plan [--shards N] [--pictures N] [--sample N] [--run N] [--rounds N]
-    [--results FOLDER]
+    [--keep FOLDER] [--results FOLDER]
 
 Shards of pictures drawn at random from a pool, so that every tile is known. `plan` reads a sample
 of them; its tiles are compared with the truth, and so are those of the samples that other seeds
@@ -60,17 +60,19 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=20, help="shards that are read [default: 20]")
     parser.add_argument("--run", type=int, default=6, help="shards that are run [default: 6]")
     parser.add_argument("--rounds", type=int, default=2, help="plans and runs [default: 2]")
+    parser.add_argument("--keep", type=Path, help="shards stay here, and are used again")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
     options = parser.parse_args()
     about = machine()
     with tempfile.TemporaryDirectory(prefix="tessera-bench-") as name:
         folder = Path(name)
-        truth = write_dataset(folder / "shards", options.shards, options.pictures)
+        shards = options.keep or folder / "shards"
+        truth = write_dataset(shards, options.shards, options.pictures)
         model = write_small_model(folder / "model")
         print(f"{truth.total} tiles in {options.shards} shards", file=sys.stderr)
-        sampled = plan(folder / "shards", "--sample-shards", str(options.sample), "--seed", "0")
+        sampled = plan(shards, "--sample-shards", str(options.sample), "--seed", "0")
         runs = [
-            one_round(folder, model, options.run, sum(truth.tiles[: options.run]), number)
+            one_round(shards, model, folder / f"output-{number}", truth.tiles[: options.run])
             for number in range(options.rounds)
         ]
     tables = [
@@ -93,7 +95,7 @@ def main() -> None:
 
 
 def write_dataset(folder: Path, num_shards: int, num_pictures: int) -> Truth:
-    """Shards whose every picture is drawn from a pool; the same each time."""
+    """Shards whose every picture is drawn from a pool; the same each time, and written once."""
     pool = laion_like(POOL, seed=1)
     tiling = Tiling("dynamic", SIDE, SIDE)
     tiles_of = [plan_tiles(*picture_size(data), tiling).tile_count for data in pool]
@@ -101,12 +103,9 @@ def write_dataset(folder: Path, num_shards: int, num_pictures: int) -> Truth:
     truth = Truth([], [], Counter())
     for shard in range(num_shards):
         drawn = [int(at) for at in rng.integers(len(pool), size=num_pictures)]
-        path = write_shard(
-            folder / f"{shard:05d}.tar",
-            [pool[at] for at in drawn],
-            num_pictures,
-            shard * num_pictures,
-        )
+        path = folder / f"{shard:05d}.tar"
+        if not path.exists():
+            write_shard(path, [pool[at] for at in drawn], num_pictures, shard * num_pictures)
         truth.sizes.append(path.stat().st_size)
         truth.tiles.append(sum(tiles_of[at] for at in drawn))
         truth.counts.update(tiles_of[at] for at in drawn)
@@ -142,12 +141,13 @@ class Round:
         return self.told / self.seconds - 1
 
 
-def one_round(folder: Path, model: Path, num_shards: int, tiles: int, number: int) -> Round:
-    source = f"{folder}/shards/{{00000..{num_shards - 1:05d}}}.tar"
+def one_round(shards: Path, model: Path, output: Path, tiles_of: Sequence[int]) -> Round:
+    """Plans a run over the first shards, then runs it."""
+    source = f"{shards}/{{00000..{len(tiles_of) - 1:05d}}}.tar"
+    tiles = sum(tiles_of)
     before = os.getloadavg()[0]
     told = plan(source, "--model", str(model), "--fleet", "cpu", "--dtype", "float32")
     between = os.getloadavg()[0]
-    output = folder / f"output-{number}"
     command = [sys.executable, "-m", "jobs.cli", "extract", source, str(output)]
     began = time.perf_counter()
     done = subprocess.run(

@@ -28,7 +28,7 @@ CPU_BUFFER_BYTES = 256 << 20
 LEAST_IO_TASKS, MOST_IO_TASKS = 2, 64  # jobs/cluster.py: a quarter of the CPUs
 # Of a local run beside its replica's own start: the command, Ray, the first workers, and the end.
 # Measured as benchmarks/results/*-plan-cpu says.
-LOCAL_RUN_SECONDS = 11.0
+LOCAL_RUN_SECONDS = 8.0
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def planned(root: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Plan:
-    monkeypatch.setattr(cpu_rate, "MEASURE_SECONDS", 0.3)
+    monkeypatch.setattr(cpu_rate, "TURNS", 1)
+    monkeypatch.setattr(cpu_rate, "TURN_SECONDS", 0.3)
     given = {"input": (str(root / "in"),), "model": str(root / "ckpt"), **options}
     return planning.plan(load_plan_config(None, given), frozenset(options))
 

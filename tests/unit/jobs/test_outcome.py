@@ -10,7 +10,7 @@ from jobs import outcome as outcomes
 from jobs.bottleneck import Case, advice
 from jobs.capacity import Costs, Work, driver_seconds, replica_rate
 from jobs.cluster import CPU_BUFFER_BYTES, CPU_CHUNK_TILES, GPU_CHUNK_TILES
-from jobs.cpu_rate import CpuRates, shared_rate
+from jobs.cpu_rate import CpuRates, best_of, shared_rate
 from jobs.device_rates import with_measured
 from jobs.device_tables import Measured
 from jobs.outcome import LOCAL_RUN_SECONDS, Outcome, outcome
@@ -142,6 +142,14 @@ def test_tiling_that_lags_gets_the_cores_that_starved_replicas_leave() -> None:
 def test_neither_ahead_nor_behind() -> None:
     even = CpuRates(80.0, 60.0, 500.0, 60.0, 1.0, "")
     assert shared_rate(even) == pytest.approx(60.0)
+
+
+def test_the_best_turn_counts_and_pairs_stay_together() -> None:
+    turns = [(40.0, 50.0, 300.0, 100.0), (80.0, 20.0, 500.0, 400.0), (70.0, 60.0, 400.0, 90.0)]
+    found = best_of(turns, 3.0, "")
+    assert (found.encode_alone, found.tile_alone) == (80.0, 500.0)
+    assert (found.encode_beside, found.tile_beside) == (20.0, 400.0)  # gives 69.6, the last 65.5
+    assert shared_rate(found) == pytest.approx(80 / 460 * 400)
 
 
 def test_the_encoder_as_the_limit() -> None:
