@@ -121,7 +121,9 @@ def _add_totals(figures: Figures, commit: Commit) -> None:
 def _add_replicas(figures: Figures, commit: Commit) -> None:
     ranks = max((how.tensor_parallel for how in commit.computed), default=1)
     for how in commit.computed:
-        figures.devices[f"{how.device}, {how.tensor_parallel} ranks, {how.attention}"] += 1
+        figures.devices[
+            f"{how.device}, tensor_parallel {how.tensor_parallel}, {how.attention}"
+        ] += 1
     for embedder in commit.replicas:
         who = (embedder.node, embedder.replica)
         replica = figures.replicas.setdefault(who, ReplicaFigures())

@@ -24,6 +24,7 @@ from pipeline.dataflow import Tally
 from pipeline.records import Row
 from pipeline.replica import Replica, ReplicaSettings
 from pipeline.storage import Storage
+from tests.book import Book
 from tests.builders import picture, sample, samples, write_checkpoint, write_tar
 from tests.flows import run_flow
 
@@ -66,7 +67,9 @@ def white(width: int, height: int) -> bytes:
 def test_a_chunk_that_kills_three_replicas_becomes_rejects(
     local_ray: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    book = Book()
     monkeypatch.setattr(dataflow, "Replica", FragileReplica)
+    monkeypatch.setattr(dataflow, "RaySink", lambda run: book)
     write_tar(tmp_path / "in" / "good.tar", samples(6))
     poisoned = [
         *sample("a", picture(60, 60)),
@@ -86,6 +89,11 @@ def test_a_chunk_that_kills_three_replicas_becomes_rejects(
     ]
     assert rejects[0]["message"] == "3 replicas died while they computed this chunk"
     assert pq.read_table(tmp_path / "out/embeddings/good.parquet").num_rows == 6
+    told = {name: book.counters[name] for name in book.counters if "seconds" not in name}
+    assert told["deaths embed"] == 3
+    assert told["rejects embed replica-died"] == 3
+    assert (told["tiles"], told["pictures"], told["shards committed"]) == (6, 6, 2)
+    assert "deaths tile" not in told
 
 
 def test_the_memory_of_deaths_may_die_itself(local_ray: None, tmp_path: Path) -> None:

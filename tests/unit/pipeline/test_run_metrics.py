@@ -2,40 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 
 import pytest
 
 from pipeline.ledger import CompleteShard
-from pipeline.metrics import METRICS, Metric, Tags
+from pipeline.metrics import METRICS
 from pipeline.records import Compute, Head, Part, Seconds, ShardEnd, Work
 from pipeline.run_metrics import FLUSH_SECONDS, RunMetrics
+from tests.book import Book
 from tests.unit.pipeline.test_commits import commit
 
 GPU = Compute("a GPU", 2, "sdpa", 8)
 TILE_FLOP = 10
-
-
-class Book:
-    """A sink that keeps what it is given."""
-
-    def __init__(self) -> None:
-        self.counters: Counter[str] = Counter()
-        self.gauges: dict[str, float] = {}
-
-    def add(self, metric: Metric, value: float, tags: Tags) -> None:
-        assert metric.kind == "counter"
-        assert value > 0
-        self.counters[self._name(metric, tags)] += value  # type: ignore[assignment]
-
-    def set(self, metric: Metric, value: float, tags: Tags) -> None:
-        assert metric.kind == "gauge"
-        self.gauges[self._name(metric, tags)] = value
-
-    def _name(self, metric: Metric, tags: Tags) -> str:
-        assert tuple(tags) == metric.tags, metric.name
-        return " ".join([metric.name.removeprefix("tessera_"), *tags.values()])
 
 
 class Clock:
