@@ -107,9 +107,9 @@ def fits(config: ViTConfig, device: Device, ranks: int, dtype: str) -> bool:
     return needed <= MEMORY_SHARE * device.memory_gb * GIGA
 
 
-def driver_seconds(work: Work) -> float:
+def driver_seconds(work: Work, chunk_seconds: float = CHUNK_SECONDS) -> float:
     """Seconds that Ray and the driver take for themselves, whatever the stages do."""
-    return work.shards * SHARD_SECONDS + max(0.0, work.chunks - work.shards) * CHUNK_SECONDS
+    return work.shards * SHARD_SECONDS + max(0.0, work.chunks - work.shards) * chunk_seconds
 
 
 def output_bytes(work: Work, costs: Costs) -> float:

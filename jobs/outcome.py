@@ -26,9 +26,12 @@ from pipeline.samples import GROUP_BYTES
 GPU_CHUNK_TILES, CPU_CHUNK_TILES = 128, 32  # jobs/cluster.py, which imports Ray
 CPU_BUFFER_BYTES = 256 << 20
 LEAST_IO_TASKS, MOST_IO_TASKS = 2, 64  # jobs/cluster.py: a quarter of the CPUs
-# Of a local run beside its replica's own start: the command, Ray, the first workers, and the end.
-# Measured as benchmarks/results/*-plan-cpu says.
-LOCAL_RUN_SECONDS = 8.0
+# Of a local run. Beside its replica's own start (4 s there): the command, Ray, the first workers,
+# the end; a run of 27 tiles took 11.6 s (2026-11-24, two cores). For each chunk: its 19 MB handed
+# over, and Ray's own processes, which interrupt the replica; fitted to the 145.6 s of
+# benchmarks/results/2026-11-23-end-to-end-cpu (9000 tiles, 333 chunks) with the rates of 2026-11-24
+# on the same machine (alone 94 and 738 tiles/s, together 71 and 222).
+LOCAL_RUN_SECONDS, LOCAL_CHUNK_SECONDS = 8.0, 0.088
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,8 @@ def _on_cpu(work: Work, setting: Setting) -> Outcome:
         work.read_bytes * costs.read_cpu_per_byte + work.tiles * costs.write_cpu_per_tile
     ) / cpu.cores
     start = LOCAL_RUN_SECONDS + rates.load_seconds
-    busy = work.tiles / both + io_seconds + driver_seconds(work)
+    ray_seconds = driver_seconds(work, LOCAL_CHUNK_SECONDS)
+    busy = work.tiles / both + io_seconds + ray_seconds
     tiling_limited = rates.tile_beside < rates.encode_beside
     limits = (
         Limit(

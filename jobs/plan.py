@@ -6,7 +6,6 @@ import os
 import sys
 from dataclasses import asdict
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from jobs.benchmark_rate import read_benchmark
@@ -15,7 +14,7 @@ from jobs.capacity import Work, output_bytes, output_objects, requests
 from jobs.comparisons import Asked, compare, fewer_tiles, work_of
 from jobs.cpu_rate import measure, shared_rate
 from jobs.device_rates import with_measured
-from jobs.device_tables import DeviceTable, load_devices, load_prices
+from jobs.device_tables import load_devices, load_prices
 from jobs.evidence import Evidence, cores, look, tiling_by
 from jobs.outcome import CPU_CHUNK_TILES, CpuRun, Outcome, Setting, outcome
 from jobs.plan_document import (
@@ -28,23 +27,15 @@ from jobs.plan_document import (
     Rate,
 )
 from jobs.plan_document import Fleet as FleetNote
-from jobs.plan_options import CPU, Fleet, PlanConfig, parse_fleet
-from jobs.run_evidence import Run, cpu_of, devices_of, evidence_of, read_run, settings_of
+from jobs.plan_options import Fleet, PlanConfig
+from jobs.plan_request import cpu_replicas, find_fleets, find_network, wants_cpu
+from jobs.run_evidence import cpu_of, devices_of, evidence_of, read_run, settings_of
 from jobs.sampling import Estimate
 from jobs.stage_clock import EncodeJob, TileJob
-from model.checkpoint import open_shape
-from model.config import Preprocessor, ViTConfig, count_blocks
-from model.errors import CheckpointError, UserError
-from model.tensor_names import num_parameters
-from model.work import V1_5, tile_flop
+from model.config import Preprocessor
+from model.errors import UserError
 from pipeline.storage import Storage, redact
 
-PUBLISHED = "InternViT-6B-448px-V1-5"
-# The 6B's preparation (preprocessor_config.json of the published checkpoints).
-PUBLISHED_PREPROCESSOR = Preprocessor(448, 448, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-CPU_TFLOP = 0.1  # of a tile: a network of more takes seconds a tile on a CPU
-USUAL_FLEET = "8xH100"
-GPU_FILE = Path("/dev/nvidia0")
 BUSY = 0.5  # load a core above which what is measured here is worth a warning
 DEVICE_BYTES = 3  # of a pixel
 
@@ -74,11 +65,11 @@ def plan(config: PlanConfig, given: frozenset[str] = frozenset()) -> Plan:
     asked = find_fleets(config, network, run, devices)
     if run is not None:
         evidence = evidence_of(config, run, storage)
-        cpu = cpu_of(run, _cpu_replicas(config))
+        cpu = cpu_of(run, cpu_replicas(config))
     else:
         notes += _busy()
         evidence = look(config, storage, shape, preprocessor, say)
-        cpu = _measure_cpu(config, evidence, preprocessor) if _wants_cpu(asked) else None
+        cpu = _measure_cpu(config, evidence, preprocessor) if wants_cpu(asked) else None
     setting = Setting(
         config=shape,
         blocks=network.blocks,
@@ -93,79 +84,12 @@ def plan(config: PlanConfig, given: frozenset[str] = frozenset()) -> Plan:
     return _document(config, asked, evidence, setting, network, [*notes, *evidence.notes])
 
 
-def find_network(
-    config: PlanConfig, run: Run | None
-) -> tuple[Network, ViTConfig, Preprocessor, list[str]]:
-    """The checkpoint's shape, or the published 6B's where there is none to be had."""
-    notes: list[str] = []
-    name, basis = config.model, "checkpoint"
-    shape, preprocessor = V1_5, PUBLISHED_PREPROCESSOR
-    if name is None:
-        name, basis = PUBLISHED, "published shape"
-        notes.append(f"no --model: reckoned with the published shape of {PUBLISHED}")
-    else:
-        try:
-            shape, preprocessor = open_shape(name, config.revision)
-        except CheckpointError as error:
-            if run is None and _is_local(name):
-                raise
-            basis = "published shape"
-            notes.append(f"{error}: reckoned with the published shape of {PUBLISHED}")
-            name = PUBLISHED
-    if run is not None and set(run.dataset.features.values()) != {shape.hidden_size}:
-        raise UserError(
-            f"plan --from {redact(run.output)}: its features are "
-            f"{sorted(set(run.dataset.features.values()))} wide, the network's "
-            f"{shape.hidden_size}; give its checkpoint as --model"
-        )
-    blocks = count_blocks(shape, config.layer)
-    network = Network(
-        name=name,
-        basis="checkpoint" if basis == "checkpoint" else "published shape",
-        tflop_per_tile=tile_flop(shape, blocks) / 1e12,
-        parameters=num_parameters(shape),
-        blocks=blocks,
-        tile_size=preprocessor.crop,
-    )
-    return network, shape, preprocessor, notes
-
-
-def find_fleets(
-    config: PlanConfig, network: Network, run: Run | None, devices: DeviceTable
-) -> Asked:
-    """What was asked for; else this machine where it can hold the network, else eight H100."""
-    fleets = tuple(map(parse_fleet, config.fleet)) or (_usual_fleet(config, network, run),)
-    for fleet in fleets:
-        if not fleet.is_cpu:
-            devices.find(fleet.device)
-        elif config.tensor_parallel > 1:
-            raise UserError("tensor_parallel: a plan for cpu knows one rank; leave it out")
-    replicas = None if config.replicas is None else config.replicas[1]
-    return Asked(fleets, config.tensor_parallel, replicas)
-
-
-def _usual_fleet(config: PlanConfig, network: Network, run: Run | None) -> Fleet:
-    small = network.basis == "checkpoint" and network.tflop_per_tile <= CPU_TFLOP
-    kinds = {how.device for commit in run.commits for how in commit.computed} if run else set()
-    if kinds == {"cpu"} or (run is None and small and not GPU_FILE.exists()):
-        return Fleet(1, CPU)
-    return parse_fleet(USUAL_FLEET)
-
-
-def _wants_cpu(asked: Asked) -> bool:
-    return any(fleet.is_cpu for fleet in asked.fleets)
-
-
-def _cpu_replicas(config: PlanConfig) -> int:
-    return 1 if config.replicas is None else config.replicas[1]
-
-
 def _measure_cpu(config: PlanConfig, evidence: Evidence, preprocessor: Preprocessor) -> CpuRun:
     if config.model is None:
         raise UserError(
             "fleet cpu: the speed of a CPU is measured with the checkpoint itself; give --model"
         )
-    replicas = _cpu_replicas(config)
+    replicas = cpu_replicas(config)
     tiling = tiling_by(next(iter(evidence.ways)), config, preprocessor)
     tile = TileJob((), asdict(tiling), config.carry, config.deadline_seconds, CPU_CHUNK_TILES)
     encode = EncodeJob(
@@ -194,10 +118,6 @@ def _busy() -> list[str]:
     )
     say(f"warning: {note}")
     return [note]
-
-
-def _is_local(model: str) -> bool:
-    return Path(model).expanduser().exists() or model.startswith((".", "/", "~"))
 
 
 def _document(

@@ -8,12 +8,12 @@ import pytest
 
 from jobs import outcome as outcomes
 from jobs.bottleneck import Case, advice
-from jobs.capacity import Costs, Work, driver_seconds, replica_rate
+from jobs.capacity import SHARD_SECONDS, Costs, Work, replica_rate
 from jobs.cluster import CPU_BUFFER_BYTES, CPU_CHUNK_TILES, GPU_CHUNK_TILES
 from jobs.cpu_rate import CpuRates, best_of, shared_rate
 from jobs.device_rates import with_measured
 from jobs.device_tables import Measured
-from jobs.outcome import LOCAL_RUN_SECONDS, Outcome, outcome
+from jobs.outcome import LOCAL_CHUNK_SECONDS, LOCAL_RUN_SECONDS, Outcome, outcome
 from jobs.plan_options import Fleet
 from model.errors import UserError
 from model.work import V1_5
@@ -117,7 +117,8 @@ def test_a_rate_of_two_ranks_tells_the_share_that_is_reached() -> None:
 def test_a_run_on_the_cores_adds_up() -> None:
     work = replace(WORK, shards=10, read_bytes=1e9, tiles=8000, chunks=260)
     found = judged(CPU, work)
-    busy = 8000 / shared_rate(RATES) + (1e9 * 1e-9 + 8000 * 0.0001) / 2 + driver_seconds(work)
+    ray = 10 * SHARD_SECONDS + 250 * LOCAL_CHUNK_SECONDS
+    busy = 8000 / shared_rate(RATES) + (1e9 * 1e-9 + 8000 * 0.0001) / 2 + ray
     assert found.wall_seconds == pytest.approx(LOCAL_RUN_SECONDS + 4.0 + busy)
     assert found.device_price is None
     with pytest.raises(UserError, match="give --model"):
