@@ -126,16 +126,18 @@ def _panel(server: Prometheus, panel: dict[str, object], began: float, ended: fl
         for series in found["result"]:
             labels = series["metric"]
             name = LABEL.sub(lambda found, labels=labels: labels[found[1]], target["legendFormat"])
-            values = {round(float(at)): float(value) for at, value in series["values"]}
-            first = next(iter(values))
-            steps = range(first - STEP_SECONDS * round((first - began) / STEP_SECONDS),
-                          round(ended), STEP_SECONDS)  # fmt: skip
-            rows = [Bar("", values.get(at, 0.0)) for at in steps]
-            top = (
-                f"{name}: at most {max(values.values()):.3g}, last {list(values.values())[-1]:.3g}"
-            )
-            parts.append(columns(rows, _clock(began), _clock(ended), top))
+            values = [(float(at), float(value)) for at, value in series["values"]]
+            parts.append(_series(name, values, began, ended))
     return element("section", *parts)
+
+
+def _series(name: str, values: Sequence[tuple[float, float]], began: float, ended: float) -> Html:
+    """Columns over the whole run; a series that begins later has none before."""
+    by_step = {round((at - began) / STEP_SECONDS): value for at, value in values}
+    steps = range(round((ended - began) / STEP_SECONDS) + 1)
+    top = f"{name}: at most {max(by_step.values()):.3g}, last {values[-1][1]:.3g}"
+    rows = [Bar("", by_step.get(step, 0.0)) for step in steps]
+    return columns(rows, _clock(began), _clock(ended), top)
 
 
 def _clock(moment: float) -> str:
