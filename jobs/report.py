@@ -19,6 +19,7 @@ from model.errors import UserError
 from pipeline.commits import committed_shards, read_commits, read_dataset
 from pipeline.shards import list_shards
 from pipeline.storage import Storage, explained
+from pipeline.versions import current
 
 
 def write_report(
@@ -41,7 +42,7 @@ def write_report(
     storage = Storage(storage_options or {})
     plan = None if plan_file is None else read_plan(plan_file)
     urls = {shard.name: shard.url for shard in list_shards(inputs, storage)} if inputs else {}
-    report = read_report(output, plan, urls, storage)
+    report = read_report(current(output, storage), plan, urls, storage)
     try:
         out.write_text(page(report))
     except OSError as error:
