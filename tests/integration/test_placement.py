@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from tests.builders import REPOSITORY
 from tests.fake_fleet import GPUS, LAST, NODES, Fleet, alive, fleet, made, settings_for
 
 pytestmark = pytest.mark.placement
+PATIENCE_SECONDS = 40.0
 
 
 @pytest.fixture(scope="module")
@@ -86,29 +88,33 @@ def test_what_does_not_fit_is_refused_before_anything_starts(
 
 def test_a_pool_grows_under_load_and_shrinks_without(nodes: Fleet, tmp_path: Path) -> None:
     sizes: list[int] = []
+    began = time.monotonic()
 
     def look(tally: Tally) -> None:
         sizes.append(alive(tmp_path))
-        if sizes[-1] == 6:
+        spent = time.monotonic() - began
+        if sizes[-1] == 6 or spent > PATIENCE_SECONDS:
             (tmp_path / "go").touch()  # all is quickly done but the last shard, which is not read
-        if max(sizes) == 6 and sizes[-1] == 2:
+        if (max(sizes) == 6 and sizes[-1] == 2) or spent > 2 * PATIENCE_SECONDS:
             (tmp_path / "read-last").touch()
 
     run(tmp_path, 4, (2, 6), [*numbered(60), LAST], look)
-    assert max(sizes) == 6
-    assert sizes[-1] <= 2
+    assert max(sizes) == 6, sizes
+    assert sizes.index(6) < len(sizes) - sizes[::-1].index(2), sizes
 
 
 def test_a_node_that_is_lost_and_replaced(nodes: Fleet, tmp_path: Path) -> None:
     (tmp_path / "go").touch()
     lost: list[str] = []
+    began = time.monotonic()
 
     def look(tally: Tally) -> None:
         if tally.committed and not lost:
             lost.append(nodes.nodes[0].node_id)
             nodes.lose(nodes.nodes[0])
             nodes.nodes.append(nodes.add())
-        if lost and nodes.nodes[-1].node_id in made(tmp_path):
+        late = time.monotonic() - began > 2 * PATIENCE_SECONDS
+        if late or (lost and nodes.nodes[-1].node_id in made(tmp_path)):
             (tmp_path / "read-last").touch()
 
     run(tmp_path, 8, (4, 4), [*numbered(40), LAST], look)
