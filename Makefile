@@ -6,7 +6,7 @@ TORCH := torch==2.13.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := model pipeline jobs tests benchmarks chaos
 
-.PHONY: help demo test test-s3 test-metrics test-placement test-gpu test-pillow audit fmt lint chaos fault-suites fuzz reliability bench bench-gpu full-size clean
+.PHONY: help demo test test-s3 test-metrics test-gpu test-pillow audit fmt lint chaos fault-suites fuzz reliability bench bench-gpu full-size clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -27,19 +27,16 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 demo: $(VENV)/.installed  ## install, then run the main job on the pictures that ship with the project
 	$(BIN)/tessera demo
 
-QUICK := not gpu and not ceph and not prometheus and not placement
+QUICK := not gpu and not ceph and not prometheus
 test: lint  ## format, lint, types and the quick suite (no GPU, no network but loopback)
 	$(BIN)/pytest -n 2 -m "$(QUICK)" tests/unit tests/hostile tests/security
-	$(BIN)/pytest -m "$(QUICK)" tests/integration
+	$(BIN)/pytest -n 2 --dist loadfile -m "$(QUICK)" tests/integration
 
 test-s3: $(VENV)/.installed-dev  ## the storage suite against Ceph's S3 server (Debian: radosgw ceph-mon ceph-osd)
 	$(BIN)/pytest -m ceph
 
 test-metrics: $(VENV)/.installed-dev  ## a run watched by Prometheus (Debian: prometheus)
 	$(BIN)/pytest -m prometheus
-
-test-placement: $(VENV)/.installed-dev  ## where replicas go on four nodes of eight GPUs that are none (minutes)
-	$(BIN)/pytest -m placement tests/integration/test_placement.py
 
 test-gpu: $(VENV)/.installed-dev  ## the tests that need a CUDA device
 	$(BIN)/pytest -m gpu tests/gpu
