@@ -68,7 +68,7 @@ lint: $(VENV)/.installed-dev  ## ruff and strict types
 	$(BIN)/ruff check --quiet $(SOURCES)
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed-dev  ## all benchmarks; results go to benchmarks/results/
+bench: $(VENV)/.installed-dev  ## the benchmarks of the stages, the job and the network; results go to benchmarks/results/
 	$(BIN)/python -m benchmarks.stages
 	$(BIN)/python -m benchmarks.end_to_end
 	$(BIN)/python -m benchmarks.memory

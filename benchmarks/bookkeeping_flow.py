@@ -128,7 +128,7 @@ def main() -> None:
         curve += [(size, *sample) for sample in samples]
         print(*rows[-1], file=sys.stderr, flush=True)
     columns = ("shards", "chunks a shard", "seconds", "ms a shard", "models loaded")
-    rss = ("driver's RSS at a tenth, MiB", "at half", "at the end")
+    rss = ("driver's RSS at 1 %, MiB", "at half", "at the end")
     tables = [
         Table("The flow without work", columns + rss, tuple(rows)),
         Table("On the way", ("shards", "committed", "seconds", "RSS, MiB"), tuple(curve)),
@@ -142,7 +142,7 @@ def main() -> None:
 
 
 def run_flow(size: int) -> dict[str, object]:
-    """Commits `size` made-up shards on a local cluster; samples at every tenth of them."""
+    """Commits `size` made-up shards on a local cluster; samples at 1 % and every tenth of them."""
     with tempfile.TemporaryDirectory(prefix="tessera-bench-") as name:
         folder = Path(name)
         made = folder / "made"
@@ -152,6 +152,7 @@ def run_flow(size: int) -> dict[str, object]:
         settings = flow_settings_of_stubs(folder, made)
         shards = [Shard(f"in/{n:06d}.tar", f"{n:06d}") for n in range(size)]
         samples: list[tuple[int, float, float]] = []
+        marks = [size // 100, *(size * tenth // 10 for tenth in range(1, 11))]
         began = 0.0
         first = 0
 
@@ -159,7 +160,8 @@ def run_flow(size: int) -> dict[str, object]:
             nonlocal began, first
             if not began and tally.committed:
                 began, first = time.monotonic(), tally.committed
-            if began and tally.committed >= (len(samples) + 1) * size // 10:
+            if began and tally.committed >= marks[0]:
+                marks[:] = [mark for mark in marks if mark > tally.committed] or [size + 1]
                 seconds = round(time.monotonic() - began, 1)
                 rss = round(psutil.Process().memory_info().rss / 2**20, 1)
                 samples.append((tally.committed, seconds, rss))

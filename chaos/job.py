@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 from tests.builders import REPOSITORY, picture, sample, write_checkpoint, write_tar
@@ -16,6 +18,7 @@ PICTURES = 10
 BAD_EVERY = 4  # one shard in so many holds a picture that breaks off
 IMAGE_SIZE = 336  # the replica is at work for some ten seconds, so that strikes find it there
 RANK_PATIENCE_SECONDS = 5.0  # users have 120
+SPILLING = re.compile(r'File "(\S+/ray/_private/external_storage\.py|python/ray/_raylet\.pyx)"')
 OPTIONS = (
     *("--tiling", "dynamic", "--max-tiles", "2", "--dtype", "float32"),
     *("--features", "cls,mean", "--batch-tiles", "2"),
@@ -79,3 +82,18 @@ class Run:
         """The driver's own lines; those of workers have a `(title pid=…)` in front."""
         lines = self.errors.read_text(errors="replace").splitlines()
         return [line for line in lines if line and not line.startswith(("(", "\x1b"))]
+
+    def shows_traceback(self) -> bool:
+        """Whether the driver printed one of its own.
+
+        Where Ray cannot spill, its processes print theirs, which come without a mark on each line:
+        they are known by their frames.
+        """
+        lines = self.said()
+        blocks = [
+            list(takewhile(lambda line: line.startswith(" "), lines[number + 1 :]))
+            for number, line in enumerate(lines)
+            if line.startswith("Traceback")
+        ]
+        frames = [[line for line in block if line.startswith("  File ")] for block in blocks]
+        return any(not block or not all(map(SPILLING.search, block)) for block in frames)

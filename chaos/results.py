@@ -56,13 +56,15 @@ def happened(kills: Sequence[Kill]) -> str:
     if went_on := sum(kill.exit_status == 0 for kill in kills):
         parts.append(f"{_of(went_on, kills)} the run went on and ended whole")
     ended = [kill for kill in kills if kill.exit_status != 0]
+    if ended and ended[0].strike.fault.promised != AGAIN:
+        # `Round` has made sure of that: else it is a broken promise.
+        parts.append(f"{_of(len(ended), kills)} a later fault ended the same run")
+        ended = []
     for status in sorted({kill.exit_status for kill in ended}, key=str):
         some = [kill for kill in ended if kill.exit_status == status]
-        own = some[0].strike.fault.promised == AGAIN
         how = f"ended with {status}" if status != -9 else "was dead"
         followed = f"the run {how}, and OUTPUT was whole when it had been run again"
-        what = followed if own else "a later fault ended the same run"
-        parts.append(f"{_of(len(some), kills)} {what}")
+        parts.append(f"{_of(len(some), kills)} {followed}")
     waited = [kill.recovered_after for kill in kills if kill.recovered_after is not None]
     if waited:
         parts.append(

@@ -178,7 +178,7 @@ class Round:
         ended, status, said = time.monotonic(), run.process.returncode, run.said()
         may_end = any(kill.strike.fault.ends_run for kill in struck)
         problem = ""
-        if any(line.startswith("Traceback") for line in said):
+        if run.shows_traceback():
             problem = "the driver showed a traceback"
         elif status not in ((0, 1, -9) if may_end else (0,)):
             problem = f"the run ended with {status}: {said[-1] if said else 'it said nothing'}"
@@ -213,6 +213,8 @@ class Round:
             self.problems.append(f"left behind: {left}")
         for problem in self.problems:
             self._say(f"      PROBLEM: {problem}")
+            for kill in self.kills:  # nobody knows which of them it was
+                kill.problems.append(f"in its round: {problem}")
 
     def _lingering(self) -> str:
         processes = [f"{pid} {title(pid)[:60]}" for words in TITLES for pid in at_work(words)]

@@ -133,7 +133,7 @@ def _on_full_stores(job: Job, output: Path, spill: Path, kill: Kill, folder: Pat
             stdout=subprocess.PIPE,
         ) as hog:
             assert hog.stdout is not None
-            if hog.stdout.readline() != b"full\n":
+            if not any(line == b"full\n" for line in hog.stdout):  # Ray prints its errors there too
                 kill.problems.append("the other job broke off")
             run, kill.exit_status = _run(job, output, nodes, folder / f"{output.name}.log", watch)
             hog.kill()
@@ -171,7 +171,7 @@ def _kill(name: str, promised: str, victim: str) -> Kill:
 
 
 def _no_traceback(run: Run, kill: Kill) -> None:
-    if any(line.startswith("Traceback") for line in run.said()):
+    if run.shows_traceback():
         kill.problems.append("the driver showed a traceback")
 
 

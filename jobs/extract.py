@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import signal
 import sys
@@ -41,9 +42,11 @@ from pipeline.replica import ReplicaSettings
 from pipeline.samples import ReadSettings
 from pipeline.shards import list_shards, probe_shards
 from pipeline.stock import run_folders, take_stock
-from pipeline.storage import Storage, explained, join, shared
+from pipeline.storage import Storage, explained, join, redact, shared
 from pipeline.versions import refuse_other_version
 from pipeline.writers import FinalizeSettings
+
+logger = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -181,15 +184,23 @@ def run_job(job: Job, pending: Sequence[Shard], local_cluster: bool) -> Summary:
         try:
             pool = plan_pool(config.tensor_parallel, config.replicas, config.dtype, started_here)
             settings = flow_settings(
-                config, request.checkpoint, request.dataset, pool, storage, run
+                config,
+                request.checkpoint,
+                request.dataset,
+                pool,
+                storage,
+                run,
+                job.lease.number,
             )
             with broken_runs_explained():
                 tally = run_shards(pending, settings, tick, stop.event, job.lease.assure)
         finally:
             ray.shutdown()
             if job.lease.is_lost:  # its successor has cleaned up already, and may be gone
-                storage.remove(join(config.output, RUNS, run))
-        finish_run(config.output, run, reporter, tally, storage, stop.signum)
+                with left_to_the_next_run(config.output):
+                    storage.remove(join(config.output, RUNS, run))
+        with left_to_the_next_run(config.output):
+            finish_run(config.output, run, reporter, tally, storage, stop.signum)
         return Summary(
             len(shards),
             len(shards) - len(pending),
@@ -245,6 +256,7 @@ def flow_settings(
     pool: Pool,
     storage: Storage,
     run: str,
+    lease: int | None = None,
 ) -> FlowSettings:
     preprocessor = checkpoint.preprocessor
     parts = PartSettings(
@@ -271,13 +283,25 @@ def flow_settings(
             tensor_parallel=config.tensor_parallel,
             cpu_sharers=pool.replicas[1],
         ),
-        finalize=FinalizeSettings(parts, dataset.fingerprint, int(config.target_part_bytes)),
+        finalize=FinalizeSettings(parts, dataset.fingerprint, int(config.target_part_bytes), lease),
         replicas=pool.replicas,
         num_io_tasks=pool.num_io_tasks,
         num_tile_tasks=pool.num_tile_tasks,
         max_reject_rate=config.max_reject_rate,
         buffer_bytes=pool.buffer_bytes,
     )
+
+
+@contextmanager
+def left_to_the_next_run(output: str) -> Iterator[None]:
+    """What cannot be removed now is no reason to keep quiet about what was done."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning(
+            "%s: what this run needed for itself is not removed (%s); the next run does that",
+            redact(output), error,
+        )  # fmt: skip
 
 
 def finish_run(

@@ -19,7 +19,6 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
-import mmap
 import os
 import queue
 import selectors
@@ -28,8 +27,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -42,7 +40,9 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]
 from model.attention import Choice
 from model.checkpoint import Checkpoint, open_checkpoint
 from model.encoder import DType, Encoder
+from model.errors import UserError
 from model.group import Group, distributed_group
+from model.pulse import Pulse, SharedMemory, Stillness
 from model.split import check_ranks
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,6 @@ LOAD_SECONDS = 1800.0  # 11 GB from a cold disk, and kernels compiled
 GRACE_SECONDS = 10.0
 LAST_WORDS_SECONDS = 2.0
 POLL_SECONDS = 0.2
-BEATS_BYTES = mmap.PAGESIZE
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -107,75 +106,6 @@ def _join(rank: int, size: int, device: str, beat: Callable[[], None], store: in
     return distributed_group(rank, size, place, beat)
 
 
-class SharedMemory:
-    """Memory of all ranks: the tiles of one call, and two counts of each rank, of its collectives
-    and of the rounds of its watching thread."""
-
-    def __init__(self, descriptor: int, size: int) -> None:
-        self.descriptor = descriptor
-        if os.fstat(descriptor).st_size < BEATS_BYTES:
-            os.ftruncate(descriptor, BEATS_BYTES)
-        self._tiles = mmap.mmap(descriptor, BEATS_BYTES)
-        beats = mmap.mmap(descriptor, BEATS_BYTES)
-        self.beats = np.frombuffer(beats, np.uint64, size)
-        self.rounds = np.frombuffer(beats, np.uint64, size, self.beats.nbytes)
-
-    def tiles(self, shape: Sequence[int]) -> npt.NDArray[np.uint8]:
-        """uint8 of this shape [n, S, S, 3]; what an earlier call gave is overwritten."""
-        num_bytes = int(np.prod(shape))
-        if len(self._tiles) < BEATS_BYTES + num_bytes:
-            if os.fstat(self.descriptor).st_size < BEATS_BYTES + num_bytes:
-                os.ftruncate(self.descriptor, BEATS_BYTES + num_bytes)
-            self._tiles = mmap.mmap(self.descriptor, BEATS_BYTES + num_bytes)
-        return np.frombuffer(self._tiles, np.uint8, num_bytes, BEATS_BYTES).reshape(shape)
-
-
-class Pulse:
-    """Tells whether ranks that should be at work still make progress."""
-
-    def __init__(self, beats: npt.NDArray[np.uint64]) -> None:
-        self._beats = beats
-        self._limit: float | None = None
-        self._seen: list[int] = []
-        self._changed_at = 0.0
-
-    @contextmanager
-    def busy(self, limit: float) -> Iterator[None]:
-        """Inside, `hung` becomes true when no rank has been heard of for `limit` seconds."""
-        self._changed_at, self._limit = time.monotonic(), limit
-        try:
-            yield
-        finally:
-            self._limit = None
-
-    def hung(self) -> bool:
-        limit, beats = self._limit, self._beats.tolist()
-        if beats != self._seen:
-            self._seen, self._changed_at = beats, time.monotonic()
-        return limit is not None and time.monotonic() - self._changed_at > limit
-
-
-class Stillness:
-    """Tells which ranks have stopped: their watching threads do not go round any more."""
-
-    def __init__(self, rounds: npt.NDArray[np.uint64]) -> None:
-        self._rounds = rounds
-        self._seen = rounds.tolist()
-        self._changed_at = [time.monotonic()] * len(rounds)
-
-    def longer_than(self, limit: float) -> list[int]:
-        """Ranks that have begun to go round, and then not for `limit` seconds."""
-        moment = time.monotonic()
-        for rank, count in enumerate(self._rounds.tolist()):
-            if count != self._seen[rank]:
-                self._seen[rank], self._changed_at[rank] = count, moment
-        return [
-            rank
-            for rank, count in enumerate(self._seen)
-            if count and moment - self._changed_at[rank] > limit
-        ]
-
-
 class ParallelEncoder:
     """`Encoder`, split over `size` ranks of which this process is the first."""
 
@@ -222,7 +152,12 @@ class ParallelEncoder:
                 self._encoder = settings.load(0, _beat(self._memory, 0), store)
                 self._ranks.gather()
             self._ranks.loaded = True
+        except UserError:
+            self.close()
+            raise
         except BaseException:
+            # As in `encode`; while ranks load, their watcher waits before it ends them.
+            self._ranks.join(2 * GRACE_SECONDS)
             self.close()
             raise
 

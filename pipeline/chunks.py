@@ -165,6 +165,17 @@ def tile_group(
         began = time.perf_counter()
 
 
+def failed_group(group: GroupRow, settings: TileSettings, reason: str) -> Chunk:
+    """One chunk without tiles, which says why the shard must not be committed."""
+    side = settings.tiling.tile_size
+    return Chunk(
+        replace(group.head, last_chunk=True, failure=reason),
+        tile_schema(settings.carry).empty_table(),
+        rejects_table([]),
+        np.empty((0, side, side, 3), np.uint8),
+    )
+
+
 def _plan(
     group: GroupRow, tiling: Tiling, decoder: Decoder
 ) -> tuple[list[PlannedPicture], list[Reject]]:

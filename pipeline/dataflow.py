@@ -32,7 +32,7 @@ from pipeline.chunks import TileSettings
 from pipeline.commits import Commit, Failure
 from pipeline.interruption import FlowStopped, Interruption
 from pipeline.ledger import CompleteShard, Ledger
-from pipeline.long_runs import DropBlockStats, FeedLimit
+from pipeline.long_runs import DropBlockStats, QueueLimit
 from pipeline.records import Part, Shard
 from pipeline.replica import Replica, ReplicaSettings, remember_deaths
 from pipeline.samples import ReadSettings
@@ -263,7 +263,7 @@ def build_dataset(shards: Sequence[Shard], settings: FlowSettings) -> Dataset:
     context.print_on_execution_start = False
     context.custom_execution_callback_classes = [Interruption, DropBlockStats]
     context.set_config(
-        ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, FeedLimit]
+        ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, QueueLimit]
     )
     context.execution_options.resource_limits = ExecutionResources.for_limits(
         object_store_memory=settings.buffer_bytes

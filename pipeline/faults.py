@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import aiohttp
 from botocore.exceptions import (
@@ -41,15 +41,23 @@ class CredentialsError(PermissionError):
 
 
 def redact(url: str) -> str:
-    """The URL without user, password and query, fit for logs and records."""
-    url = printable(url)
+    """The URL without user, password and query, fit for logs and records. Of a chain
+    (`simplecache::https://…`) each link; what cannot be parsed keeps its scheme alone."""
+    return "::".join(map(_redact_link, printable(url).split("::")))
+
+
+def _redact_link(url: str) -> str:
     if "://" not in url:
         return url
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https"):
-        host = parts.netloc.rpartition("@")[2]
-        return urlunsplit((parts.scheme, host, parts.path, "", "")) if "@" in parts.netloc else url
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # `http://[x`
+        return url.partition("://")[0] + "://…"
+    host = parts.netloc.rpartition("@")[2]
+    # Elsewhere `?` and `#` may stand in a name.
+    named = parts.scheme not in ("http", "https") and "=" not in parts.query
+    path = url.partition("://")[2][len(parts.netloc) :] if named else parts.path
+    return f"{parts.scheme}://{host}{path}"
 
 
 def true_fault(error: BaseException) -> BaseException:

@@ -159,8 +159,9 @@ def receive(source: IO[bytes]) -> tuple[dict[str, Any], bytes] | None:
     if not line.endswith(b"\n"):
         return None
     head = json.loads(line)
-    payload = source.read(head.pop("num_bytes"))
-    return head, payload
+    num_bytes = head.pop("num_bytes")
+    payload = source.read(num_bytes)
+    return (head, payload) if len(payload) == num_bytes else None
 
 
 def _how_it_ended(child: subprocess.Popen[bytes]) -> str:

@@ -5,7 +5,8 @@ OUTPUT by creating the next number, which one of several can (a create-only writ
 own object every few seconds. Whoever finds a lease watches it: one that changes has a living holder
 and refuses; one that stays as it is for `PATIENCE_SECONDS` is dead, and is succeeded by the next
 number. No two clocks are compared, and a process that is dead on this very machine is not waited
-for. A holder that was paused and finds a successor stops: see `Lease.assure`.
+for. A holder that was paused and finds a successor stops: see `Lease.assure`. It also finds one
+that has come and ended meanwhile: each removes its predecessor's mark (`held-<run>`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ RENEW_SECONDS = 5.0
 PATIENCE_SECONDS = 30.0  # six renewals
 LOOK_SECONDS = 1.0
 LEASE = re.compile(r"lease-(\d{9})\.json")
+MARK = "held-"
 SETTLE_SECONDS = 3.0  # longest time between two writes of a race, where no store decides it
 
 
@@ -80,6 +82,11 @@ class Lease:
         """Whether another run is known to have taken OUTPUT over."""
         return self._lost is not None
 
+    @property
+    def number(self) -> int:
+        """Of the leases of OUTPUT; see `refuse_if_lost`."""
+        return self._number
+
     def check(self) -> None:
         """Raises LeaseLostError where the loss is known already. Asks no storage."""
         if self._lost is not None:
@@ -105,8 +112,10 @@ class Lease:
             return
         try:
             runs = join(self._output, RUNS)
-            names = [name for name in self._storage.list_folder(runs) if self._is_over(name)]
-            self._storage.remove(*(join(runs, name) for name in names))
+            names = [
+                name for name in self._storage.iter_files(runs, depth=1) if self._is_over(name)
+            ]
+            self._storage.remove(*(join(runs, name) for name in [*names, _mark(self._holder.run)]))
             self._storage.remove_empty(runs)
         except OSError as error:
             logger.warning(
@@ -140,7 +149,16 @@ class Lease:
             self._holder = self._holder.model_copy(update={"renewals": renewals})
             url = lease_url(self._output, self._number)
             self._storage.publish_bytes(url, self._holder.dump())
+            slow = time.monotonic() - began > PATIENCE_SECONDS
+            # Too late, it may have made anew a lease that a successor had ended.
+            if slow and not self._is_marked():
+                self._lost = "another run came and ended while the lease was being renewed"
+                return
             self._renewed = began
+
+    def _is_marked(self) -> bool:
+        url = join(self._output, RUNS, _mark(self._holder.run))
+        return self._storage.exists(url)
 
 
 @contextmanager
@@ -173,7 +191,11 @@ def acquire(
     while True:
         found = _newest(output, storage)
         if found is not None and not _is_dead(found.holder):
-            if watched is None or watched.number != found.number:
+            if (
+                watched is None
+                or watched.number != found.number
+                or (watched.holder is None and found.holder is not None)  # written out only now
+            ):
                 _refuse_if_alive_here(output, found.holder)
                 watched, since = found, time.monotonic()
                 logger.warning(
@@ -196,12 +218,37 @@ def acquire(
             renewals=0,
         )
         if _take(output, number, holder, storage):
+            _mark_as_held(output, run, storage)
             return Lease(output, number, holder, storage)
         watched = None  # somebody else was faster: that one is looked at now
 
 
+def refuse_if_lost(output: str, number: int, storage: Storage) -> None:
+    """For the tasks of a run, which have its number alone: to be called right before a commit.
+
+    Raises:
+        LeaseLostError: another run has taken OUTPUT over, or has come and ended.
+    """
+    if storage.exists(lease_url(output, number + 1)):
+        raise LeaseLostError(f"{redact(output)}: another run has taken it over")
+    if not storage.exists(lease_url(output, number)):
+        raise LeaseLostError(f"{redact(output)}: this run's lease is gone")
+
+
 def lease_url(output: str, number: int) -> str:
     return join(output, RUNS, f"lease-{number:09d}.json")
+
+
+def _mark(run: str) -> str:
+    return f"{MARK}{run}"
+
+
+def _mark_as_held(output: str, run: str, storage: Storage) -> None:
+    """Sets this run's mark, and removes those of the runs that it succeeds."""
+    runs = join(output, RUNS)
+    marks = [name for name in storage.iter_files(runs, depth=1) if name.startswith(MARK)]
+    storage.remove(*(join(runs, name) for name in marks))
+    storage.publish_bytes(join(runs, _mark(run)), b"")
 
 
 def _take(output: str, number: int, holder: Holder, storage: Storage) -> bool:
@@ -244,7 +291,7 @@ def _decides(url: str, holder: Holder, storage: Storage) -> bool:
 
 
 def _numbers(output: str, storage: Storage) -> list[int]:
-    names = storage.list_folder(join(output, RUNS))
+    names = storage.iter_files(join(output, RUNS), depth=1)
     return [int(match[1]) for name in names if (match := LEASE.fullmatch(name))]
 
 

@@ -37,7 +37,13 @@ class CompleteShard:
     @property
     def failure(self) -> str | None:
         """Why the shard must not be committed, if it must not."""
-        return self.end.failure or next((p.failure for p in self.parts if p.failure), None)
+        reasons = [self.end.failure]
+        if len({part.head.version for part in self.parts}) > 1:
+            # Ray keeps what a dead worker had read, and has another read the rest.
+            reasons.append("the shard was replaced while it was read; run the job again")
+        for part in self.parts:
+            reasons += [part.head.failure, part.failure]
+        return next(filter(None, reasons), None)
 
 
 @dataclass
@@ -92,12 +98,13 @@ class Ledger:
         self._waiting.discard(head.shard)
         assert shard.end is not None
         parts = tuple(shard.parts[at] for at in sorted(shard.parts))
+        complete = CompleteShard(head.shard, head.url, shard.end, parts)
         counted = sum(part.samples for part in parts)
-        if shard.end.failure is None and counted != shard.end.samples:
+        if complete.failure is None and counted != shard.end.samples:
             raise LedgerError(
                 f"shard {head.shard}: {shard.end.samples} samples read, {counted} arrived"
             )
-        return CompleteShard(head.shard, head.url, shard.end, parts)
+        return complete
 
     def incomplete(self) -> list[str]:
         """Shards that are still awaited, in order of their names."""

@@ -13,6 +13,7 @@ from ray.data._internal.execution.operators.map_operator import MapOperator
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
 WAITING_SHARDS = 64  # fed and not yet being read, beyond those of one input block
+WAITING_CHUNKS = 1000  # behind any other stage: some 5 MiB of the driver's memory
 
 
 class DropBlockStats(ExecutionCallback):  # type: ignore[misc]
@@ -27,14 +28,14 @@ class DropBlockStats(ExecutionCallback):  # type: ignore[misc]
                 operator._output_blocks_stats.clear()
 
 
-class FeedLimit(BackpressurePolicy):  # type: ignore[misc]
-    """Feeds the next input block when few of the shards before it still wait to be read.
+class QueueLimit(BackpressurePolicy):  # type: ignore[misc]
+    """Gives a stage no more to do while much of what it did still waits for the next one.
 
-    Ray Data bounds what waits between stages by its bytes. A shard's row has next to none, so
-    without this all would be fed at once, at some KiB of the driver's memory each.
+    Ray Data bounds what waits between stages by its bytes alone. A shard's row has next to none,
+    and a chunk of one small picture few; each costs the driver some KiB.
     """
 
     def can_add_input(self, op: PhysicalOperator) -> bool:
-        if not any(isinstance(source, InputDataBuffer) for source in op.input_dependencies):
-            return True
-        return bool(self._topology[op].output_queue.num_blocks < WAITING_SHARDS)
+        feeds = any(isinstance(source, InputDataBuffer) for source in op.input_dependencies)
+        waiting = self._topology[op].output_queue.num_blocks
+        return bool(waiting < (WAITING_SHARDS if feeds else WAITING_CHUNKS))

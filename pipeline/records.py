@@ -127,7 +127,11 @@ class ShardEnd:
 
 @dataclass(frozen=True)
 class Head:
-    """The small fields of every row: whose run of samples or tiles this is."""
+    """The small fields of every row: whose run of samples or tiles this is.
+
+    `version` is the object that was read, as the store calls it. `failure` says why nothing came of
+    this run, so that its shard must not be committed.
+    """
 
     shard: str
     url: str
@@ -137,6 +141,8 @@ class Head:
     end: ShardEnd | None = None
     seconds: Seconds = field(default_factory=Seconds)
     compute: Compute | None = None
+    version: str = ""
+    failure: str | None = None
 
     @property
     def chunk_id(self) -> str:
@@ -161,8 +167,7 @@ class Part:
     """The small row that the driver sees for a chunk that was written.
 
     `rejects` counts them by `stage/code`. A part that could not be written says why in `failure`.
-    `crc32` is that of the file: nothing but an empty one has 0. `reused` of the tiles were not
-    computed but taken over.
+    `crc32` is that of the file. `reused` of the tiles were not computed but taken over.
     """
 
     head: Head

@@ -189,7 +189,14 @@ def read_groups(shard: Shard, settings: ReadSettings) -> Iterator[GroupRow]:
     def row(end: ShardEnd | None = None) -> GroupRow:
         seconds = Seconds(read=time.perf_counter() - began)
         return GroupRow(
-            Head(shard.name, shard.url, group.number, end=end, seconds=seconds),
+            Head(
+                shard.name,
+                shard.url,
+                group.number,
+                end=end,
+                seconds=seconds,
+                version=f"{size} {etag}",
+            ),
             pa.Table.from_pylist(group.rows, schema),
             rejects_table(group.rejects),
         )
@@ -262,7 +269,7 @@ def _unusable(
     carried = {name.partition(":")[0] for name in settings.carry}
     others = [m for key, m in sample.members.items() if key in carried and m is not image]
     carried_bytes = sum(member.size for member in others)
-    if carried_bytes > MAX_CARRIED_BYTES:
+    if carried_bytes > MAX_CARRIED_BYTES or any(member.data is None for member in others):
         return "oversized", f"the members to be carried have {carried_bytes} bytes"
     return None
 
@@ -271,8 +278,9 @@ def _carried(name: str, sample: Sample) -> str | bytes | None:
     """The value of a carried member; null where the member or the JSON field is not there."""
     extension, _, path = name.partition(":")
     member = sample.members.get(extension)
-    if member is None or member.data is None:
+    if member is None:
         return None
+    assert member.data is not None, "or the sample is `oversized`"
     if path:
         return _json_field(member.data, path)
     if pa.types.is_binary(carried_field(name).type):

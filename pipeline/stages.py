@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 
-from pipeline.chunks import Decoder, DirectDecoder, TileSettings, tile_group
+from pipeline.chunks import Decoder, DirectDecoder, TileSettings, failed_group, tile_group
 from pipeline.commits import Commit, commit_url
 from pipeline.embedding import Embedded, write_part
 from pipeline.isolation import IsolatedDecoder, IsolationError
@@ -29,6 +29,7 @@ from pipeline.writers import FinalizeSettings, finalize_shard, remove_replaced
 logger = logging.getLogger(__name__)
 
 EXIT_SHORT = 71
+MOST_DEATHS = 10  # workers over one group, though its pictures are decoded apart after the first
 
 # Tiling fills what the replicas leave of the cores: where they share them, a replica whose threads
 # wait for each other loses more by being interrupted than tiling gains.
@@ -78,6 +79,11 @@ def tile_stage(row: Row, settings: TileSettings, attempts: Attempts) -> Iterator
     group = GroupRow.load(row)
     name = f"{group.head.shard} {group.head.group:06d}"
     deaths = attempts.begin(name)
+    if deaths >= MOST_DEATHS:
+        reason = f"{deaths} workers died over its group {group.head.group}; run the job again"
+        attempts.finish(name)
+        yield failed_group(group, settings, reason).dump()
+        return
     try:
         with _decoder(name, deaths, settings) as decoder:
             for chunk in tile_group(group, settings, decoder):

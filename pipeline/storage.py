@@ -23,6 +23,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 import fsspec
+from botocore.exceptions import BotoCoreError
 from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
@@ -160,6 +161,8 @@ class Storage:
             raise StorageError(f"{redact(url)}: cannot be opened: {words(error)}") from error
         except NO_CREDENTIALS as error:
             raise CredentialsError(words(error)) from error
+        except BotoCoreError as error:  # a profile that is not there, a file that cannot be parsed
+            raise StorageError(f"{redact(url)}: cannot be opened: {words(error)}") from error
         if protocol in ("s3", "s3a"):
             fs.retries = S3_TRIES
         return fs, path
@@ -442,16 +445,6 @@ class Storage:
         fs.invalidate_cache()
         if (arrived := self.info(url).size) != size:
             raise OSError(f"{redact(url)}: {arrived} of {size} bytes arrived")
-
-    def list_folder(self, folder: str) -> list[str]:
-        """Names right below a folder, sorted; empty if there is none."""
-        fs, path = self.open(folder)
-        fs.invalidate_cache()
-        try:
-            found = self._call(fs, fs.ls, path, detail=False, what="list", url=folder, waits=60)
-        except FileNotFoundError:
-            return []
-        return sorted(name.rstrip("/").rpartition("/")[2] for name in found)
 
     def remove_empty(self, folder: str) -> None:
         """Removes a local folder where nothing is in it; stores have no folders."""

@@ -213,9 +213,14 @@ def _resize(
 
     # [1, 3, h, w] with channels-last strides: as torch's own copy it takes three times as long
     pixels = torch.from_numpy(picture).unsqueeze(0).permute(0, 3, 1, 2)
-    resized = torch.nn.functional.interpolate(
-        pixels, size=(height, width), mode="bicubic", antialias=True
-    )
+    try:
+        resized = torch.nn.functional.interpolate(
+            pixels, size=(height, width), mode="bicubic", antialias=True
+        )
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error):  # torch has no type of its own for it
+            raise MemoryError(str(error)) from error
+        raise
     left, top, right, bottom = box
     array: NDArray[np.uint8] = resized.permute(0, 2, 3, 1)[0].numpy()
     return array[top:bottom, left:right]

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from pipeline.commits import Commit, Computed, PartFile, Source, StageSeconds, commit_url
 from pipeline.embedding import PartSettings, part_folder, read_part
 from pipeline.generations import generation_of, objects_of, part_paths, rejects_path
+from pipeline.lease import refuse_if_lost
 from pipeline.ledger import CompleteShard
 from pipeline.records import (
     REJECT_SCHEMA,
@@ -33,11 +34,13 @@ ROW_GROUP_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class FinalizeSettings:
-    """fingerprint: of the dataset; target_part_bytes: size above which output is cut."""
+    """fingerprint: of the dataset; target_part_bytes: size above which output is cut; lease: the
+    number of the run's lease (None: OUTPUT is nobody else's)."""
 
     parts: PartSettings
     fingerprint: str
     target_part_bytes: int
+    lease: int | None = None
 
 
 class HashingSink:
@@ -77,6 +80,8 @@ def finalize_shard(
     """
     commit = publish_shard(shard, settings, before)
     parts = settings.parts
+    if settings.lease is not None:
+        refuse_if_lost(parts.output, settings.lease, parts.storage)
     parts.storage.publish_bytes(commit_url(parts.output, shard.name), commit.dump())
     remove_replaced(before, commit, parts)
     parts.storage.remove(join(parts.folder, part_folder(shard.name)))

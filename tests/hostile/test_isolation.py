@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from pipeline import isolation
 from pipeline.chunks import Chunk
 from pipeline.isolation import IsolatedDecoder, IsolationError
 from pipeline.pictures import PictureError
-from pipeline.stages import EXIT_SHORT
+from pipeline.stages import EXIT_SHORT, MOST_DEATHS
 from pipeline.tiling import Tiling, cut_tiles, picture_size, plan_tiles
 from tests.builders import REPOSITORY, picture, write_tar
 from tests.data.make_tiling_pictures import FOLDER
@@ -99,6 +100,16 @@ def test_a_child_that_somebody_else_kills_costs_no_picture(
     assert (tmp_path / "flag").exists()
 
 
+@pytest.mark.parametrize("kept", [0, 5, 1000])
+def test_half_an_answer_is_none(kept: int) -> None:
+    """A child that is killed while its tiles are on their way has not answered."""
+    sink = io.BytesIO()
+    isolation.send(sink, {"a": 1}, bytes(1000))
+    head = len(sink.getvalue()) - 1000
+    found = isolation.receive(io.BytesIO(sink.getvalue()[: head + kept]))
+    assert found == (({"a": 1}, bytes(1000)) if kept == 1000 else None)
+
+
 def test_memory_is_limited_in_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
     """A picture of 100 megapixels, where 100 MiB are allowed."""
     code = (
@@ -120,6 +131,26 @@ def test_memory_is_limited_in_the_child(monkeypatch: pytest.MonkeyPatch) -> None
                 np.empty((1, 28, 28, 3), np.uint8),
             )
         assert caught.value.code == "memory"
+    finally:
+        decoder.close()
+
+
+def test_memory_that_torch_cannot_have_is_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`fast` resizes in torch, whose shortage of memory is a RuntimeError."""
+    code = "from pipeline import isolation; isolation.MAX_DECODE_BYTES = 20 << 20; isolation.main()"
+    start = subprocess.Popen
+
+    def limited(command: list[str], **options: object) -> subprocess.Popen[bytes]:
+        return start([sys.executable, "-P", "-c", code, command[-1]], **options)  # type: ignore[call-overload, no-any-return]
+
+    monkeypatch.setattr(subprocess, "Popen", limited)
+    tiling = Tiling("dynamic", 4480, 4480, max_tiles=2, resize="fast")
+    plan = plan_tiles(90, 60, tiling)
+    decoder = IsolatedDecoder(tiling, 60.0)
+    try:
+        with pytest.raises(PictureError) as caught:
+            decoder.cut_tiles(IMAGE, plan, np.empty((plan.tile_count, 4480, 4480, 3), np.uint8))
+        assert (caught.value.stage, caught.value.code) == ("decode", "memory")
     finally:
         decoder.close()
 
@@ -195,8 +226,13 @@ def test_a_child_that_does_not_start_blames_no_picture(
     monkeypatch.setattr(os, "_exit", end)
     path = write_tar(tmp_path / "s.tar", [("0.jpg", IMAGE)])
     with pytest.raises(SystemExit):
-        run_stages(path, attempts=CountedAttempts(1))
+        run_stages(path, attempts=CountedAttempts(MOST_DEATHS - 1))
     assert ended == [EXIT_SHORT]
+    (chunk,) = run_stages(path, attempts=CountedAttempts(MOST_DEATHS))  # it does not go on for ever
+    assert chunk.head.failure == "10 workers died over its group 0; run the job again"
+    assert chunk.head.last_chunk
+    assert chunk.head.end is not None
+    assert (chunk.rows.num_rows, chunk.rejects.num_rows, len(chunk.tiles)) == (0, 0, 0)
 
 
 def test_no_child_is_left(fragile: IsolatedDecoder) -> None:

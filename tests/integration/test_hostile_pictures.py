@@ -2,56 +2,24 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import ray
 
-from jobs.cluster import Pool, connect
-from jobs.config import ExtractConfig
-from jobs.extract import describe, flow_settings
-from model.checkpoint import open_checkpoint
 from pipeline import dataflow
-from pipeline.commits import committed_shards, open_output
-from pipeline.dataflow import Tally, run_shards
-from pipeline.shards import list_shards
+from pipeline.commits import committed_shards
+from pipeline.dataflow import Tally
 from pipeline.storage import Storage
 from tests.builders import Members, files_below, picture, write_checkpoint, write_tar
+from tests.flows import run_flow
 from tests.hostile.fragile import faulty, fragile_tile_stage
 
 DEADLINE_SECONDS = 1.0
 
 
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    connect(local=True)
-    yield
-    ray.shutdown()
-
-
 def run(source: Path, output: Path, checkpoint: Path) -> Tally:
-    """The dataflow over the shards in `source`, in this process."""
-    config = ExtractConfig(
-        input=(str(source),),
-        output=str(output),
-        model=str(checkpoint),
-        dtype="float32",
-        max_reject_rate=1.0,
-    )
-    storage = Storage()
-    opened = open_checkpoint(config.model)
-    dataset = describe(config, opened)
-    open_output(config.output, dataset, storage)
-    settings = flow_settings(
-        config, opened, dataset, Pool("cpu", (1, 1), 2, 2, 8, None), storage, "run"
-    )
-    settings = replace(settings, tile=replace(settings.tile, deadline_seconds=DEADLINE_SECONDS))
-    shards = list_shards(config.input, storage)
-    return run_shards(shards, settings, lambda tally: None, threading.Event())
+    return run_flow(source, output, checkpoint, chunk_tiles=8, deadline_seconds=DEADLINE_SECONDS)
 
 
 def pictures(count: int, **faults: str) -> Members:

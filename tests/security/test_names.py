@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 import tarfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,21 @@ def named_so(*folders: Path) -> set[str]:
     return {str(path) for folder in folders for path in folder.glob(f"*{MARK}*")}
 
 
+@contextmanager
+def opened_files() -> Iterator[list[str]]:
+    """Every path that Python opens inside, by whatever call. A hook can never be taken off."""
+    opened: list[str] = []
+    watching = True
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if watching and event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
+            opened.append(os.fsdecode(arguments[0]))
+
+    sys.addaudithook(hook)
+    yield opened
+    watching = False
+
+
 def run_plainly(tar: Path, output: Path, name: str = "s") -> None:
     parts = part_settings(output, {"cls": WIDTH})
     read, tile = ReadSettings(STORAGE, IMAGE_KEY), TileSettings(TILING, (), 60.0, 8)
@@ -86,16 +103,10 @@ def test_members_names_are_keys_and_never_paths(
     tar = tmp_path / "s.tar"
     tar.write_bytes(evil_tar())
     output = work / "out"
-    opened: list[str] = []
-    real_open = os.open
-
-    def watched(path: Any, *rest: Any, **more: Any) -> int:
-        opened.append(os.fsdecode(path) if not isinstance(path, int) else "")
-        return real_open(path, *rest, **more)
-
-    monkeypatch.setattr(os, "open", watched)
-    run_plainly(tar, output)
+    with opened_files() as opened:
+        run_plainly(tar, output)
     monkeypatch.undo()
+    assert str(tar) in opened, "or nothing is seen"
     rows = pq.read_table(output / "embeddings/s.parquet")
     keys = list(dict.fromkeys(rows["key"].to_pylist()))
     assert len(keys) >= len(EVIL_NAMES) - 4, "the test is about pictures that were embedded"

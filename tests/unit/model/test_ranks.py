@@ -20,8 +20,9 @@ from model.checkpoint import open_checkpoint
 from model.config import Layout
 from model.encoder import Encoder
 from model.errors import UserError
+from model.pulse import Stillness
 from model.random_checkpoint import write_random_checkpoint
-from model.ranks import EXIT_RANKS_FAILED, ParallelEncoder, Stillness
+from model.ranks import EXIT_RANKS_FAILED, ParallelEncoder
 from tests.builders import REPOSITORY
 from tests.checkpoints import tiny_config
 
@@ -135,6 +136,21 @@ def test_a_rank_that_stops_between_two_calls_is_noticed(tmp_path: Path) -> None:
         assert process.returncode == expected, stderr
         if rank:
             assert "rank 1 has stopped; all of them end" in stderr
+
+
+def test_a_rank_killed_while_it_loads_ends_the_process(tmp_path: Path) -> None:
+    """An exception would end the whole job; Ray starts a replica again whose process ended."""
+    write_random_checkpoint(tmp_path, tiny_config("rms_norm", 56), seed=1)
+    arguments = [str(tmp_path), "2", str(HANG_SECONDS), "loading"]
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.unit.model.rank_process", *arguments],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert run.returncode == EXIT_RANKS_FAILED, run.stderr
+    assert "rank 1 ended with status -9; all of them end" in run.stderr
 
 
 def test_ranks_that_have_not_begun_are_not_still(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,7 +77,8 @@ def put(place: tuple[Storage, str], number: int, who: Holder) -> None:
 
 
 def leases(place: tuple[Storage, str]) -> list[str]:
-    return place[0].list_folder(f"{place[1]}/_runs")
+    names = place[0].iter_files(f"{place[1]}/_runs", depth=1)
+    return sorted(name for name in names if not name.startswith("held-"))
 
 
 def test_a_lease_is_there_while_it_is_held_and_gone_after(place: tuple[Storage, str]) -> None:
@@ -218,6 +219,55 @@ def test_a_paused_holder_finds_that_its_successor_has_ended(
         lease.assure()
     put(place, 1, holder())  # numbered anew by a third
     lease.release()
+    assert leases(place) == ["lease-000000001.json"]
+
+
+def test_a_renewal_that_comes_after_its_successor_has_ended_is_no_renewal(
+    place: tuple[Storage, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The write hangs for so long that another run takes OUTPUT over, and ends."""
+    storage, output = place
+    monkeypatch.setattr(lease_module, "RENEW_SECONDS", 3600.0)
+    lease = acquire(output, "mine", storage)
+    publish = Storage.publish_bytes
+
+    def late(self: Storage, url: str, data: bytes) -> None:
+        monkeypatch.setattr(Storage, "publish_bytes", publish)
+        put(place, 2, holder("next", process=""))  # as a successor does
+        lease_module._mark_as_held(output, "next", storage)
+        storage.remove(lease_url(output, 1), lease_url(output, 2), f"{output}/_runs/held-next")
+        publish(self, url, data)
+
+    monkeypatch.setattr(Storage, "publish_bytes", late)
+    monkeypatch.setattr(lease_module, "PATIENCE_SECONDS", 0.0)
+    with pytest.raises(LeaseLostError, match="came and ended while"):
+        lease.assure()
+    lease.release()
+
+
+def test_a_slow_renewal_without_a_successor_goes_on(
+    place: tuple[Storage, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, output = place
+    monkeypatch.setattr(lease_module, "RENEW_SECONDS", 3600.0)
+    lease = acquire(output, "mine", storage)
+    monkeypatch.setattr(lease_module, "PATIENCE_SECONDS", 0.0)
+    lease.assure()
+    assert not lease.is_lost
+    lease.release()
+    assert storage.list_files(output) == {}
+
+
+def test_a_holder_that_was_seen_before_its_lease_was_written_is_alive(
+    place: tuple[Storage, str], clock: Callable[[Callable[[], None]], None]
+) -> None:
+    """The first look falls between the creation of the object and its content."""
+    storage, output = place
+    storage.publish_bytes(lease_url(output, 1), b"")
+    renewals = iter(range(100))
+    clock(lambda: put(place, 1, holder(renewals=next(renewals))))
+    with pytest.raises(UserError, match="another run is at work there"):
+        acquire(output, "mine", storage)
     assert leases(place) == ["lease-000000001.json"]
 
 

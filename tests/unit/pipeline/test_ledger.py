@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.ledger import Ledger, LedgerError
+from pipeline.ledger import CompleteShard, Ledger, LedgerError
 from pipeline.records import Head, Part, Seconds, ShardEnd
 
 SAMPLES = 2  # of each part
@@ -25,6 +25,29 @@ def parts_of(shard: str, chunks: list[int]) -> list[Part]:
             head = Head(shard, f"{shard}.tar", group, chunk, last, end, Seconds(1, 2, 3, 4))
             parts.append(Part(head, f"{group}-{chunk}", SAMPLES, 5, {"decode/truncated": 1}, 10))
     return parts
+
+
+def completed(parts: list[Part]) -> CompleteShard:
+    ledger = Ledger({"s"})
+    (complete,) = [shard for part in parts if (shard := ledger.add(part))]
+    return complete
+
+
+def test_a_shard_of_two_versions_is_none() -> None:
+    """Ray keeps what a dead worker had read; the object may have been replaced since."""
+    first, *others = parts_of("s", [2, 1])
+    other = replace(first, head=replace(first.head, version="7 old"), samples=1)
+    assert completed([other, *others]).failure == (
+        "the shard was replaced while it was read; run the job again"
+    )
+    assert completed([first, *others]).failure is None
+
+
+def test_a_group_that_nothing_came_of_fails_its_shard() -> None:
+    first, *others = parts_of("s", [1, 2])
+    head = replace(first.head, failure="10 workers died over it")
+    broken = replace(first, head=head, samples=0, tiles=0, rejects={})
+    assert completed([broken, *others]).failure == "10 workers died over it"
 
 
 @st.composite

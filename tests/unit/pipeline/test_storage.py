@@ -96,16 +96,16 @@ class TestEveryStorage:
 
     def test_a_folder_is_listed_flat(self, place: tuple[Storage, str]) -> None:
         storage, folder = place
-        assert storage.list_folder(f"{folder}/a") == []
+        assert list(storage.iter_files(f"{folder}/a", depth=1)) == []
         for name in ("a/x", "a/b/y", "a/b/z", "c"):
             storage.publish_bytes(f"{folder}/{name}", b"1")
-        assert storage.list_folder(f"{folder}/a") == ["b", "x"]
+        assert list(storage.iter_files(f"{folder}/a", depth=1)) == ["x"]
         storage.remove_empty(f"{folder}/a")  # it is not
-        assert storage.list_folder(f"{folder}/a") == ["b", "x"]
+        assert sorted(storage.iter_files(f"{folder}/a")) == ["b/y", "b/z", "x"]
         storage.remove(f"{folder}/a/b", f"{folder}/a/x")
         storage.remove_empty(f"{folder}/a")
         storage.remove_empty(f"{folder}/a")
-        assert storage.list_folder(folder) == ["c"]
+        assert list(storage.iter_files(folder)) == ["c"]
 
     def test_an_etag_changes_with_the_object(self, place: tuple[Storage, str]) -> None:
         storage, folder = place
@@ -306,6 +306,12 @@ class TestFaultsOfAServer:
         assert pauses == []
 
 
+def test_a_profile_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    with pytest.raises(StorageError, match=r"s3://b/in: cannot be opened: .*nobody"):
+        Storage({"client_kwargs": {"region_name": "eu-north-1"}}).open("s3://b/in")
+
+
 class TestWords:
     @pytest.mark.parametrize(
         ("url", "shown"),
@@ -315,6 +321,12 @@ class TestWords:
             ("s3://key:secret@bucket/a.tar", "s3://bucket/a.tar"),
             ("s3://bucket/a b?c.tar", "s3://bucket/a b?c.tar"),
             ("/data/a@b?.tar", "/data/a@b?.tar"),
+            ("s3://bucket/a#b.tar", "s3://bucket/a#b.tar"),
+            ("s3://bucket/a.tar?versionId=7", "s3://bucket/a.tar"),
+            ("gs://bucket/a.tar?X-Goog-Signature=abc", "gs://bucket/a.tar"),
+            ("simplecache::https://u:pw@h/a.tar?sig=S", "simplecache::https://h/a.tar"),
+            ("zip://a.tar::s3://k:s@bucket/a.zip", "zip://a.tar::s3://bucket/a.zip"),
+            ("http://[x/out?sig=S", "http://…"),
         ],
     )
     def test_redact(self, url: str, shown: str) -> None:

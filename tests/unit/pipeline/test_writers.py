@@ -18,6 +18,7 @@ from pipeline import writers
 from pipeline.chunks import TileSettings
 from pipeline.commits import Commit, commit_url
 from pipeline.embedding import feature_values, part_folder
+from pipeline.lease import LeaseLostError, lease_url
 from pipeline.ledger import CompleteShard
 from pipeline.records import REJECT_SCHEMA, Head, Part, Shard, embedding_schema
 from pipeline.samples import ReadSettings
@@ -51,6 +52,22 @@ def compute(source: Path, settings: FinalizeSettings, shard: str = "s") -> Compl
         encode,
         settings.parts,
     )
+
+
+def test_a_run_that_lost_its_output_commits_nothing(source: Path, tmp_path: Path) -> None:
+    """Its driver is dead or frozen: the task finds out itself, and the successor's word counts."""
+    settings = replace(settings_of(tmp_path / "out"), lease=3)
+    complete = compute(source, settings)
+    output = settings.parts.output
+    with pytest.raises(LeaseLostError, match="lease is gone"):
+        finalize_shard(complete, settings)
+    STORAGE.publish_bytes(lease_url(output, 3), b"")
+    STORAGE.publish_bytes(lease_url(output, 4), b"")
+    with pytest.raises(LeaseLostError, match="taken it over"):
+        finalize_shard(complete, settings)
+    assert not STORAGE.exists(commit_url(output, "s"))
+    STORAGE.remove(lease_url(output, 4))
+    assert finalize_shard(complete, settings).samples == 9
 
 
 def finalize(source: Path, output: Path, shard: str = "s", **options: Any) -> Commit:
