@@ -52,6 +52,13 @@ Paths = Annotated[
         "or URL. Anything fsspec opens.",
     ),
 ]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="The head's dashboard, as http://127.0.0.1:8265.  [default: RAY_ADDRESS]",
+    ),
+]
 ConfigFile = Annotated[Path | None, typer.Option(help="YAML file with any of the options.")]
 
 
@@ -366,13 +373,7 @@ def submit_command(
             help="What to run there: extract (the default), reindex or verify, and its arguments.",
         ),
     ] = None,
-    address: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL",
-            help="The head's dashboard, as http://127.0.0.1:8265.  [default: RAY_ADDRESS]",
-        ),
-    ] = None,
+    address: Address = None,
     detach: Annotated[bool, typer.Option("--detach", help="Print the id; do not follow.")] = False,
     job_id: Annotated[
         str | None, typer.Option(metavar="ID", help="Id of the job.  [default: Ray's choice]")
@@ -444,13 +445,7 @@ def schedule_command(
     history: Annotated[
         Path, typer.Option(help="JSON lines: each run's start, end, changes and exit status.")
     ] = Path("tessera-schedule.jsonl"),
-    address: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL",
-            help="The head's dashboard, as http://127.0.0.1:8265.  [default: RAY_ADDRESS]",
-        ),
-    ] = None,
+    address: Address = None,
     show: Annotated[bool, typer.Option("--show", help="Print the history, and end.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --show: one document.")] = False,
 ) -> None:

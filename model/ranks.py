@@ -152,12 +152,10 @@ class ParallelEncoder:
                 self._encoder = settings.load(0, _beat(self._memory, 0), store)
                 self._ranks.gather()
             self._ranks.loaded = True
-        except UserError:
-            self.close()
-            raise
-        except BaseException:
-            # As in `encode`; while ranks load, their watcher waits before it ends them.
-            self._ranks.join(2 * GRACE_SECONDS)
+        except BaseException as error:
+            if isinstance(error, Exception) and not isinstance(error, UserError):
+                # As in `encode`; while ranks load, their watcher waits before it ends them.
+                self._ranks.join(2 * GRACE_SECONDS)
             self.close()
             raise
 
