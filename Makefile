@@ -6,7 +6,7 @@ TORCH := torch==2.13.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := model pipeline jobs tests benchmarks chaos
 
-.PHONY: help demo test test-s3 test-metrics test-gpu test-pillow audit fmt lint chaos fault-suites fuzz reliability bench bench-gpu full-size clean
+.PHONY: help demo test test-s3 test-placement test-metrics test-browser test-gpu test-pillow audit fmt lint chaos npy-readers fault-suites fuzz reliability bench bench-gpu full-size clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -27,7 +27,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 demo: $(VENV)/.installed  ## install, then run the main job on the pictures that ship with the project
 	$(BIN)/tessera demo
 
-QUICK := not gpu and not ceph and not prometheus
+QUICK := not gpu and not ceph and not prometheus and not browser and not placement
 test: lint  ## format, lint, types and the quick suite (no GPU, no network but loopback)
 	$(BIN)/pytest -n 2 -m "$(QUICK)" tests/unit tests/hostile tests/security
 	$(BIN)/pytest -n 2 --dist loadfile -m "$(QUICK)" tests/integration
@@ -35,8 +35,14 @@ test: lint  ## format, lint, types and the quick suite (no GPU, no network but l
 test-s3: $(VENV)/.installed-dev  ## the storage suite against Ceph's S3 server (Debian: radosgw ceph-mon ceph-osd)
 	$(BIN)/pytest -m ceph
 
+test-placement: $(VENV)/.installed-dev  ## where Ray puts replicas: four nodes of eight GPUs that are none; three minutes
+	$(BIN)/pytest -m placement
+
 test-metrics: $(VENV)/.installed-dev  ## a run watched by Prometheus (Debian: prometheus)
 	$(BIN)/pytest -m prometheus
+
+test-browser: $(VENV)/.installed-dev  ## the page of `browse` in a real browser (Debian: chromium)
+	$(BIN)/pytest -m browser
 
 test-gpu: $(VENV)/.installed-dev  ## the tests that need a CUDA device
 	$(BIN)/pytest -m gpu tests/gpu
@@ -48,6 +54,14 @@ test-pillow: $(VENV)/.installed-dev  ## the golden tiles under the oldest Pillow
 	$(PYTHON) -m venv $(VENV)-pillow
 	$(VENV)-pillow/bin/python -m pip install --quiet --disable-pip-version-check pillow==11.3.0 numpy pytest
 	$(VENV)-pillow/bin/python -m pytest -c /dev/null --rootdir . -q -p no:cacheprovider --noconftest tests/unit/pipeline/test_tiling_golden.py
+
+# Theirs are numpy 1 and pyarrow 15; of clip-retrieval only what indexes and serves, without models.
+RESULTS ?= benchmarks/results
+npy-readers: $(VENV)/.installed-dev  ## autofaiss and clip-retrieval read `format: npy`, in an environment of their own
+	$(PYTHON) -m venv $(VENV)-npy
+	$(VENV)-npy/bin/python -m pip install --quiet --disable-pip-version-check "numpy<2" "pandas<3" "pyarrow<16" embedding-reader==1.8.1 faiss-cpu fire tqdm fsspec h5py pillow requests flask flask_restful flask_cors prometheus_client
+	$(VENV)-npy/bin/python -m pip install --quiet --disable-pip-version-check --no-deps autofaiss==2.18.0 clip_retrieval==2.45.0
+	$(BIN)/python -m benchmarks.npy_readers $(VENV)-npy/bin/python --results $(RESULTS)
 
 audit: $(VENV)/.installed-dev  ## known vulnerabilities of the installed packages, where their data can be reached
 	$(BIN)/python .ci/audit.py

@@ -17,24 +17,27 @@ from typing import Any
 import aiohttp
 from PIL import Image
 
-START_SECONDS = 30
+START_SECONDS = 120
 LOOK_SECONDS = 0.25
 COLOURS = 128  # of a palette: a third of the size, and nobody sees it on a page
 
 
 class Page:
-    """One tab."""
+    """One tab. `events` are those that it has told of, of domains that were enabled."""
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self._socket = socket
         self._ids = itertools.count(1)
+        self.events: list[dict[str, Any]] = []
 
     async def ask(self, method: str, **parameters: Any) -> dict[str, Any]:
         number = next(self._ids)
         await self._socket.send_json({"id": number, "method": method, "params": parameters})
         while True:
             answer = await self._socket.receive_json()
-            if answer.get("id") == number:
+            if "method" in answer:
+                self.events.append(answer)
+            elif answer.get("id") == number:
                 assert "error" not in answer, (method, answer["error"])
                 result: dict[str, Any] = answer["result"]
                 return result
@@ -54,12 +57,47 @@ class Page:
     async def wait_for(self, condition: str, seconds: float = 60) -> None:
         """Until a JavaScript expression is true."""
         for _ in range(int(seconds / LOOK_SECONDS)):
-            found = await self.ask("Runtime.evaluate", expression=condition)
-            if found["result"].get("value") is True:
+            if await self.value(condition) is True:
                 return
             await asyncio.sleep(LOOK_SECONDS)
-        shown = await self.ask("Runtime.evaluate", expression="document.body.innerText")
-        raise AssertionError(f"never {condition}: {shown['result'].get('value')}")
+        raise AssertionError(f"never {condition}: {await self.value('document.body.innerText')}")
+
+    async def value(self, expression: str) -> Any:
+        """Of a JavaScript expression, as JSON has it; of a promise, what comes of it."""
+        found = await self.ask(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
+        return found["result"].get("value")
+
+    async def press(self, key: str, modifiers: int = 0) -> None:
+        """A key of the keyboard, by its name in the UI Events standard."""
+        text = {"text": "\r"} if key == "Enter" else {}
+        code = {"Enter": 13, "Tab": 9}.get(key, 0)
+        event = {"key": key, "code": key, "modifiers": modifiers, "windowsVirtualKeyCode": code}
+        await self.ask("Input.dispatchKeyEvent", type="keyDown", **event, **text)
+        await self.ask("Input.dispatchKeyEvent", type="keyUp", **event)
+
+    async def choose_file(self, selector: str, file: Path) -> None:
+        """What a file dialog does."""
+        document = await self.ask("DOM.getDocument")
+        node = document["root"]["nodeId"]
+        found = await self.ask("DOM.querySelector", nodeId=node, selector=selector)
+        await self.ask("DOM.setFileInputFiles", nodeId=found["nodeId"], files=[str(file)])
+
+    async def drop_file(self, selector: str, file: Path) -> None:
+        """What dragging a file onto an element does."""
+        box = await self.value(
+            f"(({{x, y, width, height}}) => [x + width / 2, y + height / 2])"
+            f"(document.querySelector({selector!r}).getBoundingClientRect())"
+        )
+        data = {"items": [], "files": [str(file)], "dragOperationsMask": 1}
+        for kind in ("dragEnter", "dragOver", "drop"):
+            await self.ask("Input.dispatchDragEvent", type=kind, x=box[0], y=box[1], data=data)
+
+    async def prefer(self, scheme: str) -> None:
+        """`light` or `dark`."""
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        await self.ask("Emulation.setEmulatedMedia", features=[feature])
 
     async def wait_for_text(self, *texts: str) -> None:
         for text in texts:
@@ -97,9 +135,7 @@ async def browser() -> AsyncIterator[Page]:
         try:
             port = await _port(Path(folder) / "DevToolsActivePort")
             async with aiohttp.ClientSession() as session:
-                async with session.get(f"http://127.0.0.1:{port}/json/list") as answer:
-                    tabs = await answer.json()
-                url = next(t["webSocketDebuggerUrl"] for t in tabs if t["type"] == "page")
+                url = await _page(session, port)
                 async with session.ws_connect(url, max_msg_size=0) as socket:
                     yield Page(socket)
         finally:
@@ -113,3 +149,14 @@ async def _port(file: Path) -> int:
             return int(lines[0])
         await asyncio.sleep(LOOK_SECONDS)
     raise AssertionError("chromium does not start")
+
+
+async def _page(session: aiohttp.ClientSession, port: int) -> str:
+    """The address of the first tab, which may come a little after the port."""
+    for _ in range(int(START_SECONDS / LOOK_SECONDS)):
+        async with session.get(f"http://127.0.0.1:{port}/json/list") as answer:
+            tabs = await answer.json()
+        if pages := [tab["webSocketDebuggerUrl"] for tab in tabs if tab["type"] == "page"]:
+            return str(pages[0])
+        await asyncio.sleep(LOOK_SECONDS)
+    raise AssertionError("chromium has no tab")

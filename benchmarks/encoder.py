@@ -281,6 +281,7 @@ def make_encoder(
         dtype=contender.product,
         device=settings.device,
         features=("cls", "mean"),
+        embedding_dtype="float32",
         batch_tiles=batch,
         attention=choice,
         group=ALONE,

@@ -36,7 +36,7 @@ class Sample:
     """Proportional set size of a process tree in bytes: shared pages count once in the sum.
 
     `shared` is the part of it that lies in shared memory: the object store; `files` the part that
-    is mapped files.
+    is mapped files. `cpu_seconds`: processor time so far, by process.
     """
 
     total: int
@@ -44,6 +44,7 @@ class Sample:
     files: int
     processes: Counter[str] = field(default_factory=Counter)
     by_role: Counter[str] = field(default_factory=Counter)
+    cpu_seconds: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,7 @@ def watch(command: list[str]) -> list[Sample]:
 
 def sample_tree(pid: int) -> Sample:
     total = shared = files = 0
+    cpu_seconds: dict[int, float] = {}
     processes: Counter[str] = Counter()
     by_role: Counter[str] = Counter()
     root = psutil.Process(pid)
@@ -145,6 +147,7 @@ def sample_tree(pid: int) -> Sample:
         try:
             role = "driver" if process.pid == pid else role_of(process.cmdline())
             rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+            cpu_seconds[process.pid] = sum(process.cpu_times()[:2])
         except (psutil.Error, OSError):
             continue  # ended meanwhile
         sizes = {key: int(kib) * 1024 for key, kib in re.findall(r"(\w+): +(\d+) kB", rollup)}
@@ -156,7 +159,7 @@ def sample_tree(pid: int) -> Sample:
         processes[role] += 1
         by_role[role] += sizes["Pss"] - sizes["Pss_Shmem"]
     by_role["object store"] = shared
-    return Sample(total, shared, files, processes, by_role)
+    return Sample(total, shared, files, processes, by_role, cpu_seconds)
 
 
 ROLES = (

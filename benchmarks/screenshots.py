@@ -1,9 +1,10 @@
 """Takes the pictures in docs/images: a real run on a Ray head of its own, watched by Prometheus.
 
-    python -m benchmarks.screenshots [--folder docs/images]
+    python -m benchmarks.screenshots [--folder docs/images] [--only browse]
 
-Needs Debian's prometheus and chromium. Grafana is in no registry; what its dashboard asks is asked
-of Prometheus itself (`query_range`) and drawn by the charts of the report.
+Needs Debian's prometheus and chromium; `--only browse`, the page of `tessera browse`, chromium
+alone, and no Ray. Grafana is in no registry; what its dashboard asks is asked of Prometheus itself
+(`query_range`) and drawn by the charts of the report.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ from pathlib import Path
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from benchmarks.browse_pictures import photograph_browse
 from benchmarks.browser import Page, browser
 from jobs.html_charts import Bar, columns
 from jobs.html_elements import Html, element
 from jobs.report import write_report
-from tests.builders import REPOSITORY, picture, sample, write_checkpoint, write_tar
+from tests.builders import REPOSITORY, picture, run_cli, sample, write_checkpoint, write_tar
 from tests.dashboards import panels
+from tests.ports import free_ports
 from tests.prometheus import Prometheus, prometheus
-from tests.ray_head import Head, free_ports, ray_head
+from tests.ray_head import Head, ray_head
 
 SHARDS, PICTURES = 160, 30  # about two minutes on two cores
 SHOWN_PANELS = (
@@ -61,11 +64,26 @@ def make_input(folder: Path) -> None:
     write_checkpoint(folder / "model", image_size=224)
 
 
+def job_options(folder: Path) -> list[str]:
+    """What is planned, and done."""
+    return (
+        f"--model {folder}/model --dtype float32 --tiling dynamic --max-tiles 6 "
+        "--features cls,mean --max-reject-rate 0.5 --replicas 2"
+    ).split()
+
+
+def write_plan(folder: Path) -> Path:
+    done = run_cli("plan", folder / "in", *job_options(folder), "--fleet", "cpu", "--json")
+    assert done.returncode == 0, done.stderr
+    file = folder / "plan.json"
+    file.write_text(done.stdout)
+    return file
+
+
 def submit(client: JobSubmissionClient, folder: Path) -> str:
-    words = f"extract {folder}/in {folder}/out --model {folder}/model --dtype float32"
-    options = "--tiling dynamic --max-tiles 6 --features cls,mean --max-reject-rate 0.5"
+    words = " ".join(["extract", f"{folder}/in", f"{folder}/out", *job_options(folder)])
     job: str = client.submit_job(
-        entrypoint=f"python -m jobs.cli {words} {options} --replicas 2",
+        entrypoint=f"python -m jobs.cli {words}",
         runtime_env={"env_vars": {"PYTHONPATH": str(REPOSITORY), "RAY_ADDRESS": "auto"}},
         metadata={"input": "in", "output": "out"},
     )
@@ -144,11 +162,16 @@ def _clock(moment: float) -> str:
     return f"{datetime.fromtimestamp(moment, UTC):%H:%M:%S} UTC"
 
 
-async def take(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+async def take_browse(folder: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="tessera-pictures-") as name:
+        await photograph_browse(Path(name), folder)
+
+
+async def take_run(folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="tessera-pictures-") as name:
         work = Path(name)
         make_input(work)
+        planned = write_plan(work)
         (port,) = free_ports(1)
         os.environ["RAY_PROMETHEUS_HOST"] = f"http://127.0.0.1:{port}"
         with (
@@ -164,7 +187,7 @@ async def take(folder: Path) -> None:
                 await wait_for_job(client, job)
                 (work / "metrics.html").write_text(metrics_page(server, began))
                 await photograph_file(page, work / "metrics.html", folder / "metrics.png", DESKTOP)
-        write_report(str(work / "out"), work / "report.html")
+        write_report(str(work / "out"), work / "report.html", planned)
         async with browser() as page:
             await photograph_file(page, work / "report.html", folder / "report.png", DESKTOP)
             await photograph_file(page, work / "report.html", folder / "report-phone.png", PHONE)
@@ -177,10 +200,18 @@ async def photograph_file(page: Page, file: Path, picture: Path, width: int) -> 
     await page.photograph(picture)
 
 
+TAKERS = {"run": take_run, "browse": take_browse}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Take the pictures in docs/images.")
     parser.add_argument("--folder", type=Path, default=REPOSITORY / "docs/images")
-    asyncio.run(take(parser.parse_args().folder))
+    parser.add_argument("--only", choices=TAKERS, help="what to take; both where it is not given")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    for name, take in TAKERS.items():
+        if options.only in (None, name):
+            asyncio.run(take(options.folder))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from chaos.faults import FAULTS, SHORT
 from chaos.job import make_job
 from chaos.nodes import RAY_SETTINGS, Nodes
 from chaos.plan import Strike, plan
-from chaos.processes import adopt_orphans, descendants, title
+from chaos.processes import adopt_orphans, descendants, reap_raylets, title
 from chaos.results import record
 from chaos.rounds import Kill, Round
 from chaos.space import can_mount, disk_full, store_full
@@ -131,6 +131,7 @@ def stragglers() -> list[str]:
     """What still runs though everything was ended; it is killed."""
     until = time.monotonic() + END_SECONDS
     while (left := descendants(os.getpid())) and time.monotonic() < until:
+        reap_raylets()
         time.sleep(0.2)
     lines = [f"still running: {process.pid} {title(process.pid)[:80]}" for process in left]
     for process in left:

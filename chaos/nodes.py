@@ -16,7 +16,7 @@ import psutil
 from ray._private.node import Node
 from ray.cluster_utils import Cluster
 
-from chaos.processes import descendants
+from chaos.processes import descendants, reap_raylets
 
 HEAD_STORE_BYTES = 150 << 20
 WORKER_STORE_BYTES = 400 << 20
@@ -72,7 +72,8 @@ class Nodes:
         return sorted(self._cluster.worker_nodes, key=lambda node: raylet(node).pid)
 
     def replace_workers(self) -> None:
-        """Starts workers until there are as many as there should be."""
+        """Starts workers until there are as many as there should be; those lost are buried."""
+        reap_raylets()
         while len(self._cluster.worker_nodes) < WORKERS:
             self._add(num_cpus=NODE_CPUS, **self._worker_options)
 

@@ -35,6 +35,15 @@ def descendants(pid: int) -> list[psutil.Process]:
     return found
 
 
+def reap_raylets() -> None:
+    """Waits for dead raylets, as whoever starts one does: Ray's idle workers end when their raylet
+    is no process any more, and one that nobody has waited for still is."""
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            if child.name() == "raylet" and child.status() == psutil.STATUS_ZOMBIE:
+                os.waitpid(child.pid, 0)
+
+
 def title(pid: int) -> str:
     """The command line, or what the process has put in its place; empty when it is gone."""
     with suppress(OSError):

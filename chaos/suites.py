@@ -1,4 +1,4 @@
-"""`python -m chaos.suites`: runs the test suites of storage faults, hostile input and the lease.
+"""`python -m chaos.suites`: runs the test suites of storage faults, hostile input, ranks and runs.
 
 It writes down how often each fault was injected and what came of it, for docs/reliability.md.
 
@@ -23,6 +23,7 @@ from xml.etree import ElementTree
 
 from benchmarks.record import REPOSITORY, RESULTS
 from chaos.results import FaultRow, write_rows
+from tests.hostile.archives import ARCHIVES
 
 TESTS = (
     "tests/integration/test_storage_faults.py",
@@ -30,16 +31,19 @@ TESTS = (
     "tests/integration/test_hostile_archives.py",
     "tests/integration/test_hostile_pictures.py",
     "tests/integration/test_resume.py",
+    "tests/integration/test_reindex_kills.py",
+    "tests/integration/test_tensor_parallel.py",
     "tests/hostile",
     "tests/unit/pipeline/test_lease.py",
     "tests/unit/model/test_ranks.py",
+    "tests/unit/pipeline/test_replica.py",
 )
 FUZZ = "*-hostile-input-cpu.json"
 
 AGAIN = "tried again: at most 6 requests, growing pauses with jitter, a deadline for each"
 ON = "read on at the byte where it broke; 6 attempts without a whole answer fail the shard"
 NAMED = "the shard is not committed, named with the reason and the byte; the others go on"
-REJECT = "one reject with a stable code; accounts balance, the job goes on"
+REJECT = "a reject with a stable code; accounts balance, the job goes on"
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,11 @@ CASES = (
         "TestListings",
         "no output is removed before its commit was looked up by name; a shard that the listing of "
         "INPUT lacks waits for the next run",
+    ),
+    _storage(
+        "a listing reset, ended early, stalled or of a wrong length",
+        "broken_listing",
+        "the page is asked for again; never part of a listing for the whole",
     ),
     _storage(
         "flipped byte, reading",
@@ -133,25 +142,73 @@ CASES = (
     Case(
         "SIGKILL or SIGSTOP of a rank, in and between two calls",
         "test_ranks.*(end_as_one|stops_between)",
-        "all ranks end, the replica starts again and repeats its chunk",
+        "all ranks of the replica end",
         "ranks",
     ),
-    _archive("cut at every kind of place", "cut-.*|no-end|empty-file|only-zeros", NAMED),
+    Case(
+        "SIGKILL of a rank and of a replica, SIGSTOP of a rank, in a job (tensor_parallel 2)",
+        "test_tensor_parallel.*(killed_rank|stopped_rank)",
+        "the replica starts again and repeats its chunk; no byte of the output differs",
+        "ranks",
+    ),
+    Case(
+        "a replica whose weights differ from the driver's",
+        "test_replica.*other_weights",
+        "it refuses to start, and says which weights it found",
+        "ranks",
+    ),
+    Case(
+        "Ctrl-C (SIGINT to the process group), SIGTERM",
+        "test_resume.*stopped_job",
+        "complete shards are committed, exit 130 (143), no process left; the same command goes on",
+        "runs",
+    ),
+    Case(
+        "Ctrl-C twice, while a commit does not come to its end",
+        "test_resume.*ctrl_c_twice",
+        "it ends at once with exit 130, nothing more is committed, no process left",
+        "runs",
+    ),
+    Case(
+        "SIGKILL of a driver with a Ray of its own, of `extract` and of `reindex`",
+        "test_resume.*kills_of_a_driver|test_reindex_kills",
+        "the same command does the rest: no byte differs, no committed shard is computed again",
+        "runs",
+    ),
+    Case(
+        "a finished job run again",
+        "test_resume.*finished_job",
+        "it does nothing and exits 0",
+        "runs",
+    ),
+    _archive("cut at every kind of place", "cut-.*|no-end|empty-file", NAMED),
+    _archive(
+        "no members: an end mark alone, zeros alone",
+        "empty-tar|only-zeros",
+        "committed, as what it is: an empty archive",
+    ),
     _archive(
         "header corrupt, blocks zeroed, data behind the end",
-        "flipped.*|garbage.*|zeroed.*|two-archives|empty-picture",
-        f"{NAMED}; zeroed picture data is a reject",
+        "flipped.*|garbage.*|zeroed-header|two-archives",
+        NAMED,
     ),
     _archive(
         "sizes that lie",
-        "size-.*|pax-size.*|global-.*|.*claims.*|.*negative",
-        f"{NAMED}. A size that takes exactly the next members in cannot be told",
+        "size-(too|beyond|2-to|negative|no-number).*|pax-size-.*|global-(size|name)|.*claims.*"
+        "|.*negative",
+        NAMED,
+    ),
+    _archive(
+        "a size that takes exactly the next members in",
+        "size-that-takes.*",
+        "cannot be told: the shard is committed, without the members that were taken in",
     ),
     _archive(
         "long names, PAX and GNU headers, chains of them",
-        "gnu-.*|pax-(name|attributes|long-name|digits|short.*|length.*|no-.*|in-.*|chain|before.*)"
+        "gnu-.*|pax-(name|size|attributes|long-name|digits|short.*|length.*|no-.*|in-.*|chain|before.*)"
         "|long-name.*|global-chain|git-archive",
-        "bounded memory and time (64 KiB a header, 16 before a member); beyond it the shard fails",
+        "bounded memory and time (64 KiB a header, 4 KiB a name, 16 before a member); beyond it, "
+        "or where one is malformed, the shard fails",
     ),
     _archive("sparse members", "sparse-.*", NAMED),
     _archive(
@@ -161,15 +218,17 @@ CASES = (
         "names are keys and never paths; what is no regular file is passed over",
     ),
     _archive(
-        "duplicate keys, samples split or out of order, thousands of members, JSON bombs",
-        "duplicate.*|key-comes.*|split.*|out-of.*|thousands.*|long-caption|json-.*",
+        "duplicate members, split samples, thousands of members, captions of MiB, data zeroed or "
+        "empty, a tar in a tar",
+        "duplicate.*|split.*|thousands.*|long-caption|zeroed-data|empty-picture|tar-(of|as)-.*",
         REJECT,
     ),
     _archive(
-        "compressed tar, tar of tars, no tar at all",
-        "gzip|bzip2|xz|zstd|picture|html|tar-.*",
-        NAMED,
+        "a key that comes again, samples in another order, JSON bombs",
+        "key-comes.*|out-of.*|json-.*",
+        "committed in the tar's order; of JSON that cannot be taken, null",
     ),
+    _archive("compressed tar, no tar at all", "gzip|bzip2|xz|zstd|picture|html", NAMED),
     Case(
         "1e5 tiny members; a member of 2 GB; samples above the limits",
         r"hostile\.test_archives.*(thousand_tiny|two_gigabytes|kept_of|limit|size_of_a_group)",
@@ -235,10 +294,12 @@ def counted(tests: Sequence[tuple[str, bool]]) -> list[FaultRow]:
     """A row for each case.
 
     Raises:
-        ValueError: no test injects it any more.
+        ValueError: no test injects it any more, or an archive's row promises what is not so.
     """
     rows = []
     for case in CASES:
+        if untrue := [kind for kind in ARCHIVES if not holds(case, kind)]:
+            raise ValueError(f"{case.fault}: not what is promised: {', '.join(untrue)}")
         results = Counter(passed for name, passed in tests if re.search(case.tests, name))
         if not results:
             raise ValueError(f"no test injects: {case.fault} ({case.tests})")
@@ -247,6 +308,16 @@ def counted(tests: Sequence[tuple[str, bool]]) -> list[FaultRow]:
             happened = f"{results[False]} times not as promised"
         rows.append(FaultRow(case.fault, results.total(), happened, case.promised, case.suite))
     return rows
+
+
+def holds(case: Case, kind: str) -> bool:
+    """Whether a row says of this kind of archive what the archive's own test does."""
+    archive = ARCHIVES[kind]
+    if not re.search(case.tests, f"tests.hostile.test_archives.test_an_archive[{kind}]"):
+        return True
+    if case.promised == NAMED:
+        return archive.failure is not None
+    return case.promised != REJECT or bool(archive.rejects)
 
 
 def fuzz_rows(folder: Path) -> list[FaultRow]:
@@ -266,7 +337,9 @@ def fuzz_rows(folder: Path) -> list[FaultRow]:
             promised,
             "input",
         )
-        for column, (kind, promised) in enumerate((("pictures", REJECT), ("archives", NAMED)))
+        for column, (kind, promised) in enumerate(
+            (("pictures", f"embedded, or {REJECT}"), ("archives", f"accounts balance, or {NAMED}"))
+        )
     ]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from jobs.device_tables import Device, DeviceTable, Measured
+from jobs.device_tables import NO_FLOAT32, Device, DeviceTable, Measured
 from model.errors import UserError
 
 MAX_BYTES = 4 << 20
@@ -46,8 +46,11 @@ def read_benchmark(file: Path, table: DeviceTable, dtype: str) -> tuple[Device, 
     """The device of a result file, and what was measured on it.
 
     Raises:
-        UserError: it is no such file, is of a CPU, or of a device that the table lacks.
+        UserError: it is no such file, is of a CPU, or of a device that the table lacks; or the
+            benchmark has no rate of this `dtype`.
     """
+    if dtype == "float32":
+        raise UserError(NO_FLOAT32)
     result = _read(file)
     if result.gpu is None:
         raise UserError(

@@ -22,9 +22,9 @@ from model.work import (
 from pipeline.local_files import BLOCK_BYTES
 from pipeline.s3 import PART_BYTES, SINGLE_PUT_BYTES
 
-# benchmarks/results/2026-11-24-bookkeeping-flow-cpu: 31-35 ms a shard of one chunk without any work
+# benchmarks/results/2026-11-24-bookkeeping-flow-cpu: 38 ms a shard of one chunk without any work
 # in the stages; the driver alone takes 6-12 ms for each further task (docs/architecture.md).
-SHARD_SECONDS, CHUNK_SECONDS = 0.031, 0.009
+SHARD_SECONDS, CHUNK_SECONDS = 0.038, 0.009
 RAY_TASKS_IN_FLIGHT = 2  # of an actor, by default (ray.data.context)
 CHUNKS_BEHIND_TILING = 1  # made, and not yet handed to a replica
 MEMORY_SHARE = 0.9  # of a device, for weights and a pass
@@ -61,6 +61,7 @@ class Costs:
     stream_bytes_per_second: float
     output_bytes_per_tile: float
     commit_bytes: float
+    objects_a_part: int = 1  # npy: an array a feature, and a table
 
     def cpu_seconds(self, work: Work) -> float:
         """Of all stages but the replicas."""
@@ -118,9 +119,9 @@ def output_bytes(work: Work, costs: Costs) -> float:
 
 
 def output_objects(work: Work, costs: Costs, target_part_bytes: int) -> float:
-    """Embedding objects: one a shard, or as many as its output is cut into."""
+    """Embedding objects: those of one part a shard, or of as many as its output is cut into."""
     a_shard = work.tiles * costs.output_bytes_per_tile / max(1, work.shards)
-    return work.shards * max(1, math.ceil(a_shard / target_part_bytes))
+    return work.shards * max(1, math.ceil(a_shard / target_part_bytes)) * costs.objects_a_part
 
 
 def requests(
@@ -128,7 +129,9 @@ def requests(
 ) -> dict[str, float]:
     """Requests of the run to an object store, by kind, when nothing has to be asked for twice.
 
-    A shard: two looks at it, its blocks of 8 MiB, its output (in parts above 64 MiB), its commit.
+    A shard: two looks at it, its blocks of 8 MiB, its output (in parts above 64 MiB), its commit
+    and two looks at the lease before that. Each object of its output: two looks at the lease before
+    it and one at what arrived.
     A chunk: its part file, written once and read once. Once: the listings of INPUT and of OUTPUT's
     three folders. As time goes by: the lease and the record of progress.
     """
@@ -141,7 +144,7 @@ def requests(
         "get": shards * math.ceil(a_shard / BLOCK_BYTES)
         + work.chunks
         + 2 * wall_seconds / RENEW_SECONDS,
-        "head": 2 * shards,
+        "head": 4 * shards + 3 * (objects + with_rejects),
         "put": objects * uploads
         + work.chunks
         + shards
@@ -160,8 +163,15 @@ def request_price(counts: dict[str, float], prices: PriceTable) -> float:
 
 
 def object_store_bytes(
-    chunk_bytes: float, replicas: int, tile_tasks: float, io_tasks: int, group_bytes: float
+    chunk_bytes: float,
+    replicas: int,
+    tile_tasks: float,
+    io_tasks: int,
+    group_bytes: float,
+    embedded_bytes: float = 0.0,
 ) -> float:
-    """Of one node: chunks that are cut, wait, or are embedded, and groups that wait to be tiled."""
+    """Of one node: chunks that are cut, wait, or are embedded, groups that wait to be tiled, and
+    embedded chunks that each replica has done or that are written."""
     chunks = tile_tasks + replicas * (RAY_TASKS_IN_FLIGHT + CHUNKS_BEHIND_TILING)
-    return chunks * chunk_bytes + io_tasks * group_bytes
+    embedded = (replicas + io_tasks) * embedded_bytes
+    return chunks * chunk_bytes + io_tasks * group_bytes + embedded

@@ -29,9 +29,11 @@ from jobs.config import (
     validate,
 )
 from jobs.plan_options import PlanOptions, load_plan_config
+from jobs.secrets import hide_command_line
 from jobs.terminal import BrokenRunError, claim_stderr, log_to_stderr
 from model.errors import UserError
 from pipeline.printable import printable
+from pipeline.storage import redact
 
 app = typer.Typer(
     name="tessera",
@@ -42,6 +44,9 @@ app = typer.Typer(
     rich_markup_mode=None,  # its tables cut the names of options on a terminal of 80 columns
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+# Spelled here, as the modules that own them load Arrow and FAISS; a test holds them together.
+IndexKind = Literal["flat", "hnsw", "ivf-pq"]
+IndexVector = Literal["thumbnail", "mean", "first"]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Output = Annotated[str, typer.Argument(help="Folder or URL of the output.")]
 Paths = Annotated[
@@ -58,6 +63,10 @@ Address = Annotated[
         metavar="URL",
         help="The head's dashboard, as http://127.0.0.1:8265.  [default: RAY_ADDRESS]",
     ),
+]
+Index = Annotated[str, typer.Argument(help="Folder or URL of an index of `tessera index`.")]
+QueryModel = Annotated[
+    str | None, typer.Option(help="Checkpoint that made OUTPUT, where it has moved.")
 ]
 ConfigFile = Annotated[Path | None, typer.Option(help="YAML file with any of the options.")]
 
@@ -320,7 +329,24 @@ def verify_command(
     ] = "{}",
     as_json: Json = False,
 ) -> None:
-    """Prove that OUTPUT is whole: counts, checksums, order, finite values. Non-zero when not."""
+    """Prove that OUTPUT is whole: counts, checksums, order, finite values. Non-zero when not.
+
+    An INDEX may be given too: its files, and its shards against the commits of its OUTPUT.
+    """
+    options = parse_options(storage_options)
+    from jobs.verify_index import is_index, show_index_verification, verify_index
+
+    if is_index(output, options):
+        if source or recompute or model:
+            raise UserError(
+                f"{redact(output)}: is an index; --input, --recompute and --model are for an OUTPUT"
+            )
+        found = verify_index(output, options)
+        if as_json:
+            print(json.dumps(found.to_json(), indent=1))
+        else:
+            show_index_verification(found)
+        raise typer.Exit(1 if found.problems else 0)
     from jobs.show import show_verification
     from jobs.verify import verify
 
@@ -330,13 +356,49 @@ def verify_command(
         recompute=recompute,
         model=model,
         seed=seed,
-        storage_options=parse_options(storage_options),
+        storage_options=options,
     )
     if as_json:
         print(json.dumps(report.to_json(), indent=1))
     else:
         show_verification(report, output)
     raise typer.Exit(1 if report.problems else 0)
+
+
+@app.command("index")
+def index_command(
+    output: Output,
+    index: Annotated[str, typer.Argument(help="Folder or URL of the index.")],
+    feature: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="What is indexed.  [default: the first of OUTPUT]"),
+    ] = None,
+    vector: Annotated[
+        IndexVector | None,
+        typer.Option(
+            help="One vector a picture: its thumbnail's, the mean of its tiles', or its first "
+            "tile's.  [default: thumbnail]",
+        ),
+    ] = None,
+    kind: Annotated[
+        IndexKind | None,
+        typer.Option(help="Kind of index.  [default: as it is, or by the number of vectors]"),
+    ] = None,
+    storage_options: Annotated[
+        str, typer.Option(help="Passed to fsspec, as a JSON object.", metavar="JSON")
+    ] = "{}",
+    as_json: Json = False,
+) -> None:
+    """Bring a nearest-neighbour index of OUTPUT up to date with its commits, or build it."""
+    from jobs.index import build_index
+    from jobs.show_index import show_estimate, show_indexed
+
+    options = parse_options(storage_options)
+    done = build_index(output, index, feature, vector, kind, options, show_estimate)
+    if as_json:
+        print(json.dumps(done.to_json(), indent=1))
+    else:
+        show_indexed(done, index)
 
 
 @app.command("inspect")
@@ -362,6 +424,53 @@ def inspect_command(
         print(json.dumps({"picture": str(written), **asdict(plan)}, indent=1))
     else:
         print(f"{image}: {caption(plan)}\n{written}")
+
+
+@app.command("search")
+def search_command(
+    index: Index,
+    image: Annotated[Path | None, typer.Option(help="A picture file.")] = None,
+    key: Annotated[str | None, typer.Option(help="Key of a picture of the index.")] = None,
+    shard: Annotated[
+        str | None, typer.Option(help="Shard of --key, where several shards have it.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, max=10_000, help="Neighbours to print.")] = 10,
+    model: QueryModel = None,
+    storage_options: Annotated[
+        str, typer.Option(help="Passed to fsspec, as a JSON object.", metavar="JSON")
+    ] = "{}",
+    as_json: Json = False,
+) -> None:
+    """Print the pictures of an index that are nearest to one: distance, key, shard, caption."""
+    from jobs.search import Query, search, show_neighbors, to_json
+
+    query = Query(image, key, shard)
+    found = search(index, query, count, model, parse_options(storage_options))
+    if as_json:
+        print(json.dumps({"neighbors": [to_json(neighbor) for neighbor in found]}, indent=1))
+    else:
+        show_neighbors(found)
+
+
+@app.command("browse")
+def browse_command(
+    index: Index,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="On loopback; 0: any that is free.")
+    ] = 8427,
+    source: Annotated[
+        list[str] | None,
+        typer.Option("--input", help="Where the shards are now, if they have moved."),
+    ] = None,
+    model: QueryModel = None,
+    storage_options: Annotated[
+        str, typer.Option(help="Passed to fsspec, as a JSON object.", metavar="JSON")
+    ] = "{}",
+) -> None:
+    """Serve a page, for you alone, that shows what is nearest to a picture. Until Ctrl-C."""
+    from jobs.browse import browse
+
+    browse(index, port, model, tuple(source or ()), parse_options(storage_options))
 
 
 @app.command("submit", context_settings={"allow_interspersed_args": False})
@@ -470,6 +579,7 @@ def schedule_command(
 def main() -> None:
     claim_stderr()
     log_to_stderr()
+    hide_command_line()
     try:
         app()
     except UserError as error:
@@ -478,9 +588,6 @@ def main() -> None:
     except BrokenRunError as error:
         print(f"tessera: {printable(str(error))}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("tessera: stopped; what is committed stays, run it again to go on", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ from jobs.local_ray import (
     on_loopback,
     warn_without_authentication,
 )
-from jobs.secrets import hide_command_line
 from jobs.terminal import BrokenRunError, divert_native_stderr
 from model.errors import UserError
 from pipeline.lease import LeaseLostError
@@ -84,7 +83,6 @@ def connect(local: bool = False) -> bool:
     start_here = local or address == "local"
     warn_without_authentication()
     keep_token_private(create=start_here)
-    hide_command_line()
     if start_here:
         _start_local()
     else:
@@ -179,14 +177,22 @@ def log_folder() -> Path:
 
 
 @contextmanager
-def broken_runs_explained() -> Iterator[None]:
-    """Turns what Ray raises into one line. The line ends with the cause, not with Ray's account."""
+def lost_leases_explained() -> Iterator[None]:
+    """Turns the loss of OUTPUT to another run into one line."""
     try:
         yield
     except LeaseLostError as error:
         raise BrokenRunError(
             f"the run stops: {error}; what is committed stays, and that run goes on"
         ) from error
+
+
+@contextmanager
+def broken_runs_explained() -> Iterator[None]:
+    """Turns what Ray raises into one line. The line ends with the cause, not with Ray's account."""
+    try:
+        with lost_leases_explained():
+            yield
     except (RayError, LedgerError, OSError) as error:
         raise BrokenRunError(
             f"the run broke off: {cause(error)}; what is committed stays, run it again to go on; "

@@ -8,7 +8,7 @@ import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -24,6 +24,8 @@ from pydantic import (
 from jobs.secrets import warn_of_command_line, warn_of_readable_file
 from jobs.yaml_file import read_yaml
 from model.errors import UserError
+from model.feature_shapes import TOKEN_FEATURES
+from pipeline.commits import Format
 from pipeline.faults import QUOTED_URL, redact
 from pipeline.records import TILE_FIELDS
 from pipeline.tiling import Tiling
@@ -70,7 +72,7 @@ def _auto(value: object) -> object:
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
-Feature = Literal["cls", "mean"]
+Feature = Literal["cls", "mean", "tokens", "tokens-2x2"]
 
 
 class TilingOptions(BaseModel):
@@ -107,10 +109,15 @@ class ExtractOptions(TilingOptions):
     features: Annotated[tuple[Feature, ...], BeforeValidator(_split)] = Field(
         ("cls",),
         min_length=1,
-        description="Any of cls (class token), mean (mean of the patch tokens).",
+        description="Any of cls (class token), mean (mean of the patch tokens), tokens (all of "
+        "them), tokens-2x2 (InternVL's pixel shuffle of the patch tokens).",
     )
     layer: int = Field(-1, description="Block whose output is taken; -1 is the last.")
-    format: Literal["parquet"] = Field("parquet", description="Of the embedding shards.")
+    format: Format = Field(
+        "parquet",
+        description="Of the embedding shards: parquet; webdataset, tars of arrays, the one for "
+        "tokens; npy, arrays and tables as autofaiss and clip-retrieval take them.",
+    )
     embedding_dtype: Literal["float16", "float32"] = Field(
         "float16", description="Of the written values."
     )
@@ -145,7 +152,9 @@ class ExtractOptions(TilingOptions):
         ByteSize(512 << 20), gt=0, description="Size of an output above which it is cut."
     )
     deadline_seconds: float = Field(
-        60.0, gt=0, description="Longest time for one picture or one storage request, in seconds."
+        60.0,
+        gt=0,
+        description="Seconds for one storage request, and of processor time for one picture.",
     )
     max_reject_rate: float = Field(
         0.25, ge=0, le=1, description="Share of rejects above which a shard is not committed."
@@ -156,10 +165,12 @@ class ExtractOptions(TilingOptions):
         description="Passed to fsspec, as a JSON object.",
     )
 
-    @field_validator("image_key")
+    @field_validator("image_key", "carry")
     @classmethod
     def _lower(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(extension.lower().removeprefix(".") for extension in value)
+        """Extensions as samples have them; a JSON member's field keeps its case."""
+        parts = [name.partition(":") for name in value]
+        return tuple(ext.lower().removeprefix(".") + colon + rest for ext, colon, rest in parts)
 
     @field_validator("features", "image_key", "carry")
     @classmethod
@@ -171,11 +182,20 @@ class ExtractOptions(TilingOptions):
     @field_validator("carry")
     @classmethod
     def _no_collision(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        taken = {field.name for field in TILE_FIELDS} | {"cls", "mean"}
+        taken = {field.name for field in TILE_FIELDS} | {*get_args(Feature)}
         for name in value:
             if name in taken:
                 raise ValueError(f"expected members other than the output's column {name!r}")
         return value
+
+    @model_validator(mode="after")
+    def _tokens_in_tars(self) -> ExtractOptions:
+        tokens = [name for name in self.features if name in TOKEN_FEATURES]
+        if tokens and self.format != "webdataset":
+            raise ValueError(
+                f"features: {', '.join(tokens)} need format webdataset, got {self.format}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _replicas_in_order(self) -> ExtractOptions:

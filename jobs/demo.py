@@ -20,7 +20,9 @@ from rich.table import Table
 
 from jobs.config import ExtractConfig, tiling_of
 from jobs.contact_sheet import draw_contact_sheet
+from jobs.demo_search import STEM, Found, find_itself
 from jobs.extract import Summary, extract
+from jobs.search import to_json
 from model.config import ViTConfig
 from model.random_checkpoint import write_random_checkpoint
 
@@ -53,11 +55,15 @@ class Picture:
 
 
 def run_demo(folder: Path, as_json: bool) -> int:
-    """Makes shards and a checkpoint, extracts, shows what came out; gives the exit status."""
+    """Makes shards and a checkpoint, extracts, searches, and shows what came out.
+
+    Gives the exit status: 0 only if a picture has found itself.
+    """
     console = Console(stderr=as_json)
     sources, checkpoint, output = folder / "shards", folder / "checkpoint", folder / "output"
-    if (output / "dataset.json").exists():
-        shutil.rmtree(output)  # an earlier demo's: the demo shows the whole way each time
+    for made, record in ((output, "dataset.json"), (folder / "index", "index.json")):
+        if (made / record).exists():
+            shutil.rmtree(made)  # an earlier demo's: the demo shows the whole way each time
     shards = make_shards(sources)
     write_random_checkpoint(checkpoint, DEMO_MODEL, seed=0)
     console.print(
@@ -74,11 +80,19 @@ def run_demo(folder: Path, as_json: bool) -> int:
     tiling = tiling_of(config, DEMO_MODEL.image_size, DEMO_MODEL.image_size)
     shown = [picture for pictures in shards.values() for picture in pictures]
     draw_contact_sheet([(p.key, p.data) for p in shown], tiling, sheet)
+    found = None
+    if not summary.exit_status:
+        (picture,) = (p.data for p in shards["as-shipped"] if p.key == STEM)
+        found = find_itself(folder, output, picture)
     if as_json:
-        print(json.dumps({**summary.to_json(), "contact_sheet": str(sheet)}, indent=1))
+        neighbors = [] if found is None else [to_json(neighbor) for neighbor in found.neighbors]
+        extras = {"contact_sheet": str(sheet), "neighbors": neighbors}
+        print(json.dumps({**summary.to_json(), **extras}, indent=1))
     else:
         show(console, summary, output, sheet)
-    return summary.exit_status
+        if found is not None:
+            show_found(console, found)
+    return summary.exit_status or int(found is None or not found.is_itself)
 
 
 def show(console: Console, summary: Summary, output: Path, sheet: Path) -> None:
@@ -111,6 +125,12 @@ def show(console: Console, summary: Summary, output: Path, sheet: Path) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def show_found(console: Console, found: Found) -> None:
+    console.print(f"\n{found}", markup=False, highlight=False, soft_wrap=True)
+    line = f"look around: tessera browse {found.index}"
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def make_shards(folder: Path) -> dict[str, list[Picture]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jobs.capacity import TERA, peak_seconds, replica_rate, summing_seconds
-from jobs.device_tables import Device, DeviceTable, Measured, Share
+from jobs.device_tables import NO_FLOAT32, Device, DeviceTable, Measured, Share
 from jobs.plan_document import Basis
 from model.config import ViTConfig
 from model.errors import UserError
@@ -43,10 +43,7 @@ def device_rate(
     found = device.measured
     if found is None:
         if dtype == "float32":
-            raise UserError(
-                "dtype float32: the table of devices has no peak for it; plan with bfloat16, or "
-                "for cpu"
-            )
+            raise UserError(NO_FLOAT32)
         source = f"{share.middle:g} of {device.bf16_tflops:g} TFLOP/s"
         if dtype == "fp8":
             source = f"{share.middle:g} of {device.fp8_tflops:g} TFLOP/s of float8"

@@ -12,6 +12,9 @@ from jobs.yaml_file import read_yaml
 from model.errors import UserError
 
 T = TypeVar("T", bound=BaseModel)
+NO_FLOAT32 = (
+    "dtype float32: the table of devices has no peak for it; plan with bfloat16, or for cpu"
+)
 
 
 class _Entry(BaseModel):
@@ -94,7 +97,7 @@ class DeviceTable(_Entry):
 
 
 class DevicePrice(_Entry):
-    """`cores`: vCPUs of the instance for each of its devices."""
+    """`cores`: CPUs that Ray is given for each device of the instance."""
 
     per_hour: float = Field(ge=0)
     instance: str | None = None

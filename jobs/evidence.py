@@ -18,8 +18,11 @@ from jobs.survey import Survey, survey
 from jobs.trial import Trial, try_out
 from model.config import Preprocessor, ViTConfig
 from model.errors import UserError
-from pipeline.chunks import TileSettings
-from pipeline.records import Shard
+from model.feature_shapes import feature_shape
+from pipeline.chunks import TileSettings, chunk_tiles
+from pipeline.generations import part_paths
+from pipeline.layout import Layout
+from pipeline.records import Shape, Shard
 from pipeline.samples import ReadSettings
 from pipeline.shard_sizes import shard_sizes
 from pipeline.shards import list_shards
@@ -130,12 +133,14 @@ def look(
         found.shards[at] for at in choose(len(found.shards), config.sample_shards, config.seed)
     ]
     ways = ways_of(config)
+    layout = layout_by(config, network, preprocessor)
+    sizes = chunk_sizes(layout)
     read = ReadSettings(storage, config.image_key, config.carry, config.accept_truncated)
     looked = survey(
         chosen,
         read,
         [tiling_by(way, config, preprocessor) for way in ways],
-        (CPU_CHUNK_TILES, GPU_CHUNK_TILES),
+        tuple(sizes.values()),
         config.max_reject_rate,
         config.sample_pictures,
         config.seed,
@@ -152,20 +157,34 @@ def look(
         tiling_by(ways[0], config, preprocessor),
         config.carry,
         config.deadline_seconds,
-        CPU_CHUNK_TILES,
+        sizes[CPU_CHUNK_TILES],
     )
-    trial = try_out(
-        looked.kept,
-        settings,
-        dict.fromkeys(config.features, network.hidden_size),
-        config.embedding_dtype,
-        say,
-    )
-    return _evidence(config, found, looked, trial, ways)
+    trial = try_out(looked.kept, settings, layout, say)
+    return _evidence(config, found, looked, trial, ways, layout)
+
+
+def layout_by(config: PlanConfig, network: ViTConfig, preprocessor: Preprocessor) -> Layout:
+    features: dict[str, Shape] = {
+        name: feature_shape(name, network, preprocessor.crop) for name in config.features
+    }
+    return Layout(config.format, features, config.embedding_dtype, config.carry)
+
+
+def chunk_sizes(layout: Layout) -> dict[int, int]:
+    """Tiles of a chunk as they are bounded by their features, by the number without a bound."""
+    return {
+        most: chunk_tiles(most, layout.tile_bytes, device)
+        for most, device in ((CPU_CHUNK_TILES, "cpu"), (GPU_CHUNK_TILES, "cuda"))
+    }
 
 
 def _evidence(
-    config: PlanConfig, found: Input, looked: Survey, trial: Trial, ways: Sequence[Way]
+    config: PlanConfig,
+    found: Input,
+    looked: Survey,
+    trial: Trial,
+    ways: Sequence[Way],
+    layout: Layout,
 ) -> Evidence:
     sizes = [count.num_bytes for count in looked.shards]
     num_shards, total_bytes = len(found.shards), found.total_bytes
@@ -175,14 +194,12 @@ def _evidence(
 
     header_rejects = total([count.rejects.total() for count in looked.shards])
     pictures = total([count.ways[0].pictures for count in looked.shards])
-    undecoded = trial.rejects.total() / trial.pictures
-    kept_tiles = _kept_share(trial)
     totals = {
         way: WayTotals(
-            total([count.ways[at].tiles for count in looked.shards]).scaled(kept_tiles),
+            _decoded(total([count.ways[at].tiles for count in looked.shards]), trial),
             {
-                n: total([count.ways[at].chunks[n] for count in looked.shards]).value
-                for n in (CPU_CHUNK_TILES, GPU_CHUNK_TILES)
+                most: total([count.ways[at].chunks[tiles] for count in looked.shards]).value
+                for most, tiles in chunk_sizes(layout).items()
             },
         )
         for at, way in enumerate(ways)
@@ -190,12 +207,13 @@ def _evidence(
     seen = sum(sizes)
     counts: Counter[int] = sum((count.ways[0].tile_counts for count in looked.shards), Counter())
     headers = counts.total()
-    factor = pictures.value / max(headers, 1)
-    costs = _costs(looked, trial, seen)
+    decoded = _decoded(pictures, trial)
+    factor = decoded.value / max(headers, 1)
+    costs = _costs(looked, trial, seen, layout)
     return Evidence(
         shards=num_shards,
         read_bytes=total_bytes,
-        pictures=pictures.scaled(1 - undecoded),
+        pictures=decoded,
         rejects=_rejects(header_rejects, pictures.value, headers, trial, num_shards > len(sizes)),
         tile_counts={n: counts[n] * factor for n in sorted(counts)},
         ways=totals,
@@ -238,12 +256,20 @@ def _rejects(
     )
 
 
-def _kept_share(trial: Trial) -> float:
-    """Of the tiles that headers promise: pictures that cannot be decoded give none."""
-    return 1 - trial.rejects.total() / trial.pictures
+def _decoded(by_headers: Estimate, trial: Trial) -> Estimate:
+    """What is left of what headers promise: pictures that cannot be decoded give nothing. Their
+    share is that of the few pictures that were tried, and as uncertain."""
+    share = trial.rejects.total() / trial.pictures
+    margin = Z * sqrt(share * (1 - share) / trial.pictures) * by_headers.value
+    left = by_headers.scaled(1 - share)
+    if not share or left.low is None or left.high is None:
+        return left
+    assert by_headers.high is not None
+    high = min(left.high + margin, by_headers.high)
+    return Estimate(left.value, max(0.0, left.low - margin), high)
 
 
-def _costs(looked: Survey, trial: Trial, seen: int) -> Costs:
+def _costs(looked: Survey, trial: Trial, seen: int, layout: Layout) -> Costs:
     tiles = max(trial.tiles, 1)
     return Costs(
         read_cpu_per_byte=looked.read_cpu_seconds / seen,
@@ -252,6 +278,7 @@ def _costs(looked: Survey, trial: Trial, seen: int) -> Costs:
         stream_bytes_per_second=min(FASTEST_STREAM, seen / max(looked.read_seconds, 1e-9)),
         output_bytes_per_tile=trial.output_bytes / tiles,
         commit_bytes=trial.commit_bytes,
+        objects_a_part=len(part_paths("s", 1, 1, layout)[0]),
     )
 
 

@@ -7,7 +7,7 @@ import secrets
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,9 +23,10 @@ from jobs.config import ExtractConfig, tiling_of
 from jobs.progress import Reporter
 from model.checkpoint import Checkpoint, open_checkpoint, weights_digest
 from model.config import count_blocks
+from model.feature_shapes import feature_shape
 from model.split import check_ranks
 from model.work import tile_flop
-from pipeline.chunks import TileSettings
+from pipeline.chunks import CHUNK_BYTES, TileSettings, chunk_tiles
 from pipeline.commits import (
     COMMITS,
     RUNS,
@@ -37,13 +38,16 @@ from pipeline.commits import (
 from pipeline.dataflow import FlowSettings, Tally, run_shards
 from pipeline.embedding import PartSettings
 from pipeline.generations import PUBLISHED
+from pipeline.layout import layout_of
 from pipeline.lease import Lease, held
-from pipeline.records import Shard
+from pipeline.records import Shape, Shard
 from pipeline.replica import ReplicaSettings
+from pipeline.respelled import refuse_respelled
 from pipeline.samples import ReadSettings
 from pipeline.shards import list_shards, probe_shards
 from pipeline.stock import run_folders, take_stock
 from pipeline.storage import Storage, explained, join, redact, shared
+from pipeline.tiling import Tiling
 from pipeline.versions import refuse_other_version
 from pipeline.writers import FinalizeSettings
 
@@ -105,6 +109,9 @@ def extract(config: ExtractConfig, local_cluster: bool = False) -> Summary:
         pending = [shard for shard in shards if shard.name not in committed]
         if not pending:
             return Summary(len(shards), len(shards), 0, 0, 0, {}, (), 0.0)
+        others = committed - {shard.name for shard in shards}
+        with explained("read", config.output):
+            refuse_respelled(config.output, pending, others, storage)
         return run_job(Job(request, run, lease), pending, local_cluster)
 
 
@@ -152,18 +159,31 @@ def open_and_clean(request: Request) -> set[str]:
     output, storage = request.config.output, request.storage
     open_output(output, request.dataset, storage)
     with explained("list", output):
-        stock = take_stock(output, [shard.name for shard in request.shards], storage)
+        names = [shard.name for shard in request.shards]
+        stock = take_stock(output, names, storage, layout_of(request.dataset))
         storage.remove(*(join(output, name) for name in stock.strays))
     return stock.committed
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one run works with; OUTPUT is held by its lease."""
+    """What one run works with; OUTPUT is held by its lease. `above`: OUTPUT's own lease, where a
+    version below it is worked on."""
 
     request: Request
     run: str
     lease: Lease
+    above: Lease | None = None
+
+    def check(self) -> None:
+        """Raises LeaseLostError where the loss of a lease is known already."""
+        for lease in filter(None, (self.above, self.lease)):
+            lease.check()
+
+    def assure(self) -> None:
+        """Makes sure that OUTPUT is still this run's; see `Lease.assure`."""
+        for lease in filter(None, (self.above, self.lease)):
+            lease.assure()
 
 
 def run_job(job: Job, pending: Sequence[Shard], local_cluster: bool) -> Summary:
@@ -179,7 +199,7 @@ def run_job(job: Job, pending: Sequence[Shard], local_cluster: bool) -> Summary:
         stop.listen()  # Ray has taken SIGTERM for itself
 
         def tick(tally: Tally) -> None:
-            job.lease.check()
+            job.check()
             reporter.tick(tally)
 
         try:
@@ -188,7 +208,7 @@ def run_job(job: Job, pending: Sequence[Shard], local_cluster: bool) -> Summary:
                 config, request.checkpoint, request.dataset, pool, storage, run, job.lease.number
             )
             with broken_runs_explained():
-                tally = run_shards(pending, settings, tick, stop.event, job.lease.assure)
+                tally = run_shards(pending, settings, tick, stop.event, job.assure)
         finally:
             ray.shutdown()
             if job.lease.is_lost:  # its successor has cleaned up already, and may be gone
@@ -239,7 +259,10 @@ def describe(config: ExtractConfig, checkpoint: Checkpoint) -> Dataset:
         revision=checkpoint.revision,
         weights_digest=weights_digest(checkpoint),
         settings=settings,
-        features=dict.fromkeys(config.features, checkpoint.config.hidden_size),
+        features={
+            name: feature_shape(name, checkpoint.config, preprocessor.crop)
+            for name in config.features
+        },
         version=version("tessera"),
     )
 
@@ -255,15 +278,29 @@ def flow_settings(
 ) -> FlowSettings:
     preprocessor = checkpoint.preprocessor
     parts = PartSettings(
-        storage, config.output, run, dataset.features, config.embedding_dtype, config.carry
+        storage,
+        config.output,
+        run,
+        dataset.features,
+        config.embedding_dtype,
+        config.carry,
+        config.format,
     )
+    tiling = tiling_of(config, preprocessor.crop, preprocessor.resize_to)
+    tile_bytes = parts.layout.tile_bytes
     return FlowSettings(
-        read=ReadSettings(storage, config.image_key, config.carry, config.accept_truncated),
+        read=ReadSettings(
+            storage,
+            config.image_key,
+            config.carry,
+            config.accept_truncated,
+            replaced_samples(tiling, dataset.features, tile_bytes, pool.device),
+        ),
         tile=TileSettings(
-            tiling_of(config, preprocessor.crop, preprocessor.resize_to),
+            tiling,
             config.carry,
             config.deadline_seconds,
-            pool.chunk_tiles,
+            chunk_tiles(pool.chunk_tiles, tile_bytes, pool.device),
         ),
         replica=ReplicaSettings(
             model=config.model,
@@ -286,6 +323,16 @@ def flow_settings(
         buffer_bytes=pool.buffer_bytes,
         tile_flop=tile_flop(checkpoint.config, count_blocks(checkpoint.config, config.layer)),
     )
+
+
+def replaced_samples(
+    tiling: Tiling, features: Mapping[str, Shape], tile_bytes: int, device: str
+) -> int | None:
+    """See `ReadSettings`. Only tokens are so large that it matters."""
+    if all(isinstance(shape, int) for shape in features.values()):
+        return None
+    most_tiles = tiling.max_tiles + tiling.thumbnail if tiling.mode == "dynamic" else 1
+    return max(1, CHUNK_BYTES[device] // (most_tiles * tile_bytes))
 
 
 @contextmanager

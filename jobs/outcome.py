@@ -133,7 +133,11 @@ def _on_devices(
             detail=f"{number} replicas of {ranks} {device.name}, {ranks * a_device:.3g} tiles/s "
             f"each",
         )
-        return (encoder, *_other_limits(work, setting.costs, cores))
+        driver = _driver_limit(work)
+        if cores is None:  # what tiles and reads is not known
+            return (encoder, driver)
+        tiling = _tiling_limit(work, setting.costs, cores)
+        return (encoder, tiling, driver, _storage_limit(work, setting.costs, _io_tasks(cores)))
 
     seconds = [
         start + work.tiles / min(limit.tiles_per_second for limit in limits_at(a_device))
@@ -141,8 +145,9 @@ def _on_devices(
     ]
     limits = limits_at(rate.middle)
     a_node = min(fleet.count, device.per_node)
-    embedded = min(limit.tiles_per_second for limit in limits)
-    needed = setting.costs.cpu_seconds(work) / max(work.tiles, 1) * embedded
+    # To keep the devices busy, whatever else may be the limit now.
+    needed = setting.costs.cpu_seconds(work) / max(work.tiles, 1) * number * ranks * rate.middle
+    tiling = needed if cores is None else min(needed, cores)
     chunk_bytes = _chunk_bytes(work, setting)
     return Outcome(
         replicas=number,
@@ -159,9 +164,10 @@ def _on_devices(
         object_store_bytes=object_store_bytes(
             chunk_bytes,
             max(1, round(number * a_node / fleet.count)),
-            needed * a_node / fleet.count,
-            _io_tasks(None if cores is None else cores * a_node / fleet.count),
+            tiling * a_node / fleet.count,
+            _io_tasks((needed if cores is None else cores) * a_node / fleet.count),
             min(GROUP_BYTES, 128 * work.read_bytes / max(work.pictures, 1)),
+            work.tiles / max(work.chunks, 1) * setting.costs.output_bytes_per_tile,
         ),
         cores_needed=needed,
     )
@@ -197,7 +203,8 @@ def _on_cpu(work: Work, setting: Setting) -> Outcome:
             detail=f"{rates.tile_alone:.3g} tiles/s alone, {rates.tile_beside:.3g} beside the "
             f"replica",
         ),
-        *_other_limits(work, costs, None),
+        _driver_limit(work),
+        _storage_limit(work, costs, LEAST_IO_TASKS),
     )
     wall = start + busy
     return Outcome(
@@ -223,43 +230,36 @@ def _cpu_price(setting: Setting, wall_seconds: float) -> float | None:
     return None if price is None else price.per_hour * wall_seconds / HOUR
 
 
-def _other_limits(work: Work, costs: Costs, cores: float | None) -> list[Limit]:
-    """What the CPUs, the driver and the storage can do, whatever the devices do."""
-    limits = []
-    if cores is not None and work.tiles:
-        a_tile = costs.cpu_seconds(work) / work.tiles
-        limits.append(
-            Limit(
-                name="tiling",
-                tiles_per_second=cores / a_tile,
-                detail=f"{cores:g} cores, {1 / a_tile:.3g} tiles/s each with reading and writing",
-            )
-        )
-    limits.append(
-        Limit(
-            name="driver",
-            tiles_per_second=work.tiles / max(driver_seconds(work), 1e-9),
-            detail=f"{work.tiles / max(work.shards, 1):.3g} tiles a shard, "
-            f"{work.tiles / max(work.chunks, 1):.3g} a chunk",
-        )
+def _driver_limit(work: Work) -> Limit:
+    return Limit(
+        name="driver",
+        tiles_per_second=work.tiles / max(driver_seconds(work), 1e-9),
+        detail=f"{work.tiles / max(work.shards, 1):.3g} tiles a shard, "
+        f"{work.tiles / max(work.chunks, 1):.3g} a chunk",
     )
-    streams = _io_tasks(cores)
+
+
+def _tiling_limit(work: Work, costs: Costs, cores: float) -> Limit:
+    a_tile = max(costs.cpu_seconds(work) / max(work.tiles, 1e-9), 1e-12)
+    return Limit(
+        name="tiling",
+        tiles_per_second=cores / a_tile,
+        detail=f"{cores:g} cores, {1 / a_tile:.3g} tiles/s each with reading and writing",
+    )
+
+
+def _storage_limit(work: Work, costs: Costs, streams: int) -> Limit:
     bandwidth = streams * costs.stream_bytes_per_second
     a_tile_bytes = work.read_bytes / max(work.tiles, 1e-9)
-    limits.append(
-        Limit(
-            name="storage",
-            tiles_per_second=bandwidth / max(a_tile_bytes, 1e-9),
-            detail=f"{streams} readers of {costs.stream_bytes_per_second / 1e6:.3g} MB/s each, as "
-            f"read from here; {a_tile_bytes / 1e3:.3g} kB a tile",
-        )
+    return Limit(
+        name="storage",
+        tiles_per_second=bandwidth / max(a_tile_bytes, 1e-9),
+        detail=f"{streams} readers of {costs.stream_bytes_per_second / 1e6:.3g} MB/s each, as "
+        f"read from here; {a_tile_bytes / 1e3:.3g} kB a tile",
     )
-    return limits
 
 
-def _io_tasks(cores: float | None) -> int:
-    if cores is None:
-        return LEAST_IO_TASKS
+def _io_tasks(cores: float) -> int:
     return max(LEAST_IO_TASKS, min(MOST_IO_TASKS, int(cores) // 4))
 
 

@@ -15,7 +15,7 @@ from jobs.comparisons import Asked, compare, fewer_tiles, work_of
 from jobs.cpu_rate import measure, shared_rate
 from jobs.device_rates import with_measured
 from jobs.device_tables import load_devices, load_prices
-from jobs.evidence import Evidence, cores, look, tiling_by
+from jobs.evidence import Evidence, chunk_sizes, cores, layout_by, look, tiling_by
 from jobs.outcome import CPU_CHUNK_TILES, CpuRun, Outcome, Setting, outcome
 from jobs.plan_document import (
     Capacity,
@@ -69,7 +69,10 @@ def plan(config: PlanConfig, given: frozenset[str] = frozenset()) -> Plan:
     else:
         notes += _busy()
         evidence = look(config, storage, shape, preprocessor, say)
-        cpu = _measure_cpu(config, evidence, preprocessor) if wants_cpu(asked) else None
+        cpu = None
+        if wants_cpu(asked):
+            chunk = chunk_sizes(layout_by(config, shape, preprocessor))[CPU_CHUNK_TILES]
+            cpu = _measure_cpu(config, evidence, preprocessor, chunk)
     setting = Setting(
         config=shape,
         blocks=network.blocks,
@@ -84,14 +87,16 @@ def plan(config: PlanConfig, given: frozenset[str] = frozenset()) -> Plan:
     return _document(config, asked, evidence, setting, network, [*notes, *evidence.notes])
 
 
-def _measure_cpu(config: PlanConfig, evidence: Evidence, preprocessor: Preprocessor) -> CpuRun:
+def _measure_cpu(
+    config: PlanConfig, evidence: Evidence, preprocessor: Preprocessor, chunk_tiles: int
+) -> CpuRun:
     if config.model is None:
         raise UserError(
             "fleet cpu: the speed of a CPU is measured with the checkpoint itself; give --model"
         )
     replicas = cpu_replicas(config)
     tiling = tiling_by(next(iter(evidence.ways)), config, preprocessor)
-    tile = TileJob((), asdict(tiling), config.carry, config.deadline_seconds, CPU_CHUNK_TILES)
+    tile = TileJob((), asdict(tiling), config.carry, config.deadline_seconds, chunk_tiles)
     encode = EncodeJob(
         model=config.model,
         revision=config.revision,
@@ -99,9 +104,10 @@ def _measure_cpu(config: PlanConfig, evidence: Evidence, preprocessor: Preproces
         attention=config.attention,
         layer=config.layer,
         features=config.features,
+        embedding_dtype=config.embedding_dtype,
         batch_tiles=config.batch_tiles,
         threads=max(1, cores() // replicas),
-        chunk_tiles=CPU_CHUNK_TILES,
+        chunk_tiles=chunk_tiles,
     )
     rates = measure(evidence.kept, tile, encode, replicas, cores(), say)
     source = f"{replicas} replicas and {cores()} tiling tasks on {cores()} cores here"
@@ -172,7 +178,7 @@ def _document(
             storage_per_month=written / 1e9 * setting.prices.storage.per_gb_month,
         ),
         comparisons=compare(asked, evidence, setting),
-        notes=tuple(notes),
+        notes=(*notes, *_unknown_cores(found, fleet)),
         chosen=Chosen(
             pictures=work.pictures,
             tiles=work.tiles,
@@ -188,10 +194,19 @@ def _document(
     )
 
 
+def _unknown_cores(found: Outcome, fleet: Fleet) -> list[str]:
+    if found.cores is not None:
+        return []
+    return [
+        f"the table of prices does not tell the cores of {fleet.device} machines: neither tiling "
+        "nor the storage's readers are among the limits; give them with --prices"
+    ]
+
+
 def settings_note(config: PlanConfig) -> dict[str, Any]:
     names = (
-        "tiling", "max_tiles", "thumbnail", "max_upscale", "resize", "layer", "embedding_dtype",
-        "dtype",
+        "tiling", "max_tiles", "thumbnail", "max_upscale", "resize", "layer", "format",
+        "embedding_dtype", "dtype",
     )  # fmt: skip
     settings: dict[str, Any] = {name: getattr(config, name) for name in names}
     return {**settings, "features": ",".join(config.features), "carry": ",".join(config.carry)}

@@ -12,8 +12,10 @@ from jobs.run_evidence import Run
 from model.checkpoint import open_shape
 from model.config import Preprocessor, ViTConfig, count_blocks
 from model.errors import CheckpointError, UserError
+from model.feature_shapes import feature_shape
 from model.tensor_names import num_parameters
 from model.work import V1_5, tile_flop
+from pipeline.records import shown_shape
 from pipeline.storage import redact
 
 PUBLISHED = "InternViT-6B-448px-V1-5"
@@ -43,12 +45,15 @@ def find_network(
             basis = "published shape"
             notes.append(f"{error}: reckoned with the published shape of {PUBLISHED}")
             name = PUBLISHED
-    if run is not None and set(run.dataset.features.values()) != {shape.hidden_size}:
-        raise UserError(
-            f"plan --from {redact(run.output)}: its features are "
-            f"{sorted(set(run.dataset.features.values()))} wide, the network's "
-            f"{shape.hidden_size}; give its checkpoint as --model"
-        )
+    if run is not None:
+        found = run.dataset.features
+        due = {name: feature_shape(name, shape, preprocessor.crop) for name in found}
+        if found != due:
+            name = next(name for name in found if found[name] != due[name])
+            raise UserError(
+                f"plan --from {redact(run.output)}: its {name} is {shown_shape(found[name])}, the "
+                f"network's {shown_shape(due[name])}; give its checkpoint as --model"
+            )
     blocks = count_blocks(shape, config.layer)
     network = Network(
         name=name,

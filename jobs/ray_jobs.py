@@ -34,6 +34,14 @@ class UnknownJobError(UserError):
     """The cluster has no job of that id."""
 
 
+class KnownJobError(UserError):
+    """The cluster has a job of that id already."""
+
+
+class UnreachableError(UserError):
+    """No cluster answers at that address, for now."""
+
+
 @dataclass(frozen=True)
 class Job:
     """A submitted job as its cluster tells of it. Times are Unix seconds."""
@@ -100,7 +108,8 @@ def connect(address: str | None) -> Cluster:
     would go.
 
     Raises:
-        UserError: no address, nothing answers there, or it wants another token.
+        UserError: no address, or the cluster wants another token.
+        UnreachableError: nothing answers there.
     """
     given = address or os.environ.get(ADDRESS) or os.environ.get("RAY_ADDRESS")
     if not given or given == "local":
@@ -121,9 +130,9 @@ def connect(address: str | None) -> Cluster:
         with explained():
             return Cluster(_Client(given))
     except AWAY as error:
-        raise UserError(f"{given}: no Ray cluster answers there") from error
+        raise UnreachableError(f"{given}: no Ray cluster answers there") from error
     except BrokenRunError as error:
-        raise UserError(f"{given}: {error}") from error
+        raise UnreachableError(f"{given}: {error}") from error
 
 
 class _Client(JobSubmissionClient):  # type: ignore[misc]
@@ -148,7 +157,7 @@ def explained(job_id: str = "") -> Iterator[None]:
         if "status code 404" in lines[0] and job_id:
             raise UnknownJobError(f"job {job_id}: this cluster does not know it") from error
         if "already exists" in str(error):
-            raise UserError(f"job {job_id}: the cluster has one of that id already") from error
+            raise KnownJobError(f"job {job_id}: the cluster has one of that id already") from error
         raise BrokenRunError(f"the cluster's Jobs API: {lines[-1].strip()}") from error
 
 

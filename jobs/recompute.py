@@ -27,18 +27,20 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from jobs.config import TilingOptions, tiling_of
-from model.checkpoint import Checkpoint, open_checkpoint, weights_digest
-from model.errors import UserError
+from jobs.recorded import recorded_settings
+from model.checkpoint import Checkpoint
 from model.reference import load_reference, reference_embeddings
-from pipeline.audit_parts import PartError, fetch_part, row_groups, run_starts
+from pipeline.audit_parts import run_starts
 from pipeline.commits import Commit, Dataset
-from pipeline.embedding import feature_values
+from pipeline.formats import part_tables
+from pipeline.layout import layout_of
+from pipeline.part_copies import PartError
 from pipeline.pictures import PictureError, picture_size
-from pipeline.records import Shard, embedding_schema
+from pipeline.records import Shard, num_values
 from pipeline.samples import ReadSettings, read_groups
 from pipeline.storage import Storage, redact
 from pipeline.tiling import Tiling, cut_tiles, plan_tiles
+from pipeline.vectors import feature_values
 
 RELATIVE_ERROR = {"float32": 1e-4, "float16": 2e-3}  # by embedding_dtype
 COSINE = {"bfloat16": 0.999, "float16": 0.999, "fp8": 0.99}  # by dtype
@@ -76,22 +78,6 @@ class Agreement:
         )
 
 
-def matching_checkpoint(dataset: Dataset, model: str | None) -> Checkpoint:
-    """The checkpoint that made OUTPUT, from where dataset.json says or from `model`.
-
-    Raises:
-        UserError: it cannot be opened, or its weights are others.
-    """
-    source, revision = (dataset.model, dataset.revision) if model is None else (model, None)
-    checkpoint = open_checkpoint(source, revision)
-    if (found := weights_digest(checkpoint)) != dataset.weights_digest:
-        raise UserError(
-            f"{source}: its weights ({found[:12]}) are not those that made the output "
-            f"({dataset.weights_digest[:12]}); give the checkpoint that did with --model"
-        )
-    return checkpoint
-
-
 def recompute_pictures(
     commits: Sequence[Commit],
     dataset: Dataset,
@@ -105,9 +91,11 @@ def recompute_pictures(
     """Compares `number` pictures, drawn over all of `commits`, or all where there are fewer.
 
     `sources` says where a shard's source is, if not where its commit has it. Raises OSError where
-    OUTPUT cannot be read; a source that cannot is a problem of the agreement.
+    OUTPUT cannot be read, UserError where its settings lack one; a source that cannot be read is a
+    problem of the agreement.
     """
     agreement = Agreement()
+    tiling = recorded_settings(dataset, output).as_tiling()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_reference(checkpoint, "float32", device)
     for commit, ranks in _choose(commits, number, seed):
@@ -116,7 +104,7 @@ def recompute_pictures(
         data = _source_pictures(source, {p.sample_index for p in stored}, dataset, storage)
         for picture in stored:
             try:
-                tiles = _cut_again(picture, data.get(picture.sample_index), dataset, source)
+                tiles = _cut_again(picture, data.get(picture.sample_index), tiling, source)
             except (PictureError, PartError) as error:
                 agreement.problems.append(f"{picture}: cannot be computed again: {error}")
                 continue
@@ -143,22 +131,20 @@ def _choose(commits: Sequence[Commit], number: int, seed: int) -> list[tuple[Com
 def _stored_pictures(
     commit: Commit, ranks: Set[int], dataset: Dataset, output: str, storage: Storage
 ) -> list[StoredPicture]:
-    schema = embedding_schema(
-        dataset.features, dataset.settings["embedding_dtype"], tuple(dataset.settings["carry"])
-    )
+    layout = layout_of(dataset)
     pieces: dict[int, tuple[str, list[pa.Table]]] = {}  # by sample_index
     rank, last = -1, -1
     for part in commit.parts:
-        with fetch_part(part, output, part.bytes, storage) as local:
-            for table in row_groups(local, schema, part.rows):
-                index = table["sample_index"].to_numpy()
-                ends = [*run_starts(index).tolist(), len(index)]
-                for start, end in itertools.pairwise(ends):
-                    rank += int(index[start]) != last  # a picture may go on in the next row group
-                    last = int(index[start])
-                    if rank in ranks:
-                        rows = table.slice(start, end - start)
-                        pieces.setdefault(last, (part.path, []))[1].append(rows)
+        for table in part_tables(part, output, layout, storage):
+            index = table["sample_index"].to_numpy()
+            ends = [*run_starts(index).tolist(), len(index)]
+            for start, end in itertools.pairwise(ends):
+                rank += int(index[start]) != last  # a picture may go on in the next batch
+                last = int(index[start])
+                if rank in ranks:
+                    # A copy, that the other rows of the batch need not stay.
+                    rows = table.take(pa.array(range(start, end)))
+                    pieces.setdefault(last, (part.path, []))[1].append(rows)
     return [
         StoredPicture(path, sample, pa.concat_tables(tables))
         for sample, (path, tables) in pieces.items()
@@ -181,7 +167,7 @@ def _source_pictures(
 
 
 def _cut_again(
-    picture: StoredPicture, data: bytes | None, dataset: Dataset, source: Shard
+    picture: StoredPicture, data: bytes | None, tiling: Tiling, source: Shard
 ) -> npt.NDArray[np.uint8]:
     """The picture's tiles uint8 [n, S, S, 3] from its encoded bytes.
 
@@ -193,7 +179,6 @@ def _cut_again(
         raise PartError(f"not found in the source {redact(source.url)}")
     if hashlib.sha256(data).digest() != picture.rows["image_sha256"][0].as_py():
         raise PartError(f"the source {redact(source.url)} has another picture there")
-    tiling = recorded_tiling(dataset)
     plan = plan_tiles(*picture_size(data), tiling)
     boxes = np.asarray(plan.boxes, np.float32)  # [n, 4]
     if not np.array_equal(boxes, feature_values(picture.rows["tile_box"], 4)):
@@ -204,14 +189,6 @@ def _cut_again(
     return tiles
 
 
-def recorded_tiling(dataset: Dataset) -> Tiling:
-    """The tiling that dataset.json records; it has no sizes that do not matter."""
-    settings = dataset.settings
-    recorded = {name: settings[name] for name in TilingOptions.model_fields if name in settings}
-    size = settings["tile_size"]
-    return tiling_of(TilingOptions(**recorded), size, settings.get("resize_to", size))
-
-
 def _compare(
     picture: StoredPicture, reference: Features, dataset: Dataset, agreement: Agreement
 ) -> None:
@@ -219,13 +196,12 @@ def _compare(
     agreement.tiles += picture.rows.num_rows
     lowest = COSINE.get(dataset.settings["dtype"])
     limit = RELATIVE_ERROR[dataset.settings["embedding_dtype"]]
-    for name, width in dataset.features.items():
-        stored = feature_values(picture.rows[name], width).astype(np.float64)
-        wanted = reference[name].astype(np.float64)
-        norms = np.linalg.norm(wanted, axis=1)
-        error = np.linalg.norm(stored - wanted, axis=1) / norms  # [n]
-        with np.errstate(invalid="ignore"):
-            cosine = (stored * wanted).sum(axis=1) / (np.linalg.norm(stored, axis=1) * norms)
+    for name, shape in dataset.features.items():
+        stored = feature_values(picture.rows[name], num_values(shape))
+        wanted = reference[name].reshape(len(stored), -1)
+        # Tile by tile: the tokens of a large picture are some hundred MB in float64.
+        distances = [_distance(*pair) for pair in zip(stored, wanted, strict=True)]
+        error, cosine = np.array(distances).T  # [n] each
         agreement.relative_error = max(agreement.relative_error, float(error.max()))
         agreement.cosine = min(agreement.cosine, float(cosine.min()))
         # Written so that a NaN, as a stored vector of zeros gives, is too far away too.
@@ -237,3 +213,14 @@ def _compare(
                 f"{picture}: {name} of tile {tile} is not what transformers' model gives: "
                 f"relative error {error[tile]:.1e}, cosine {cosine[tile]:.6f}, allowed {allowed}"
             )
+
+
+def _distance(
+    stored: npt.NDArray[np.floating[Any]], wanted: npt.NDArray[np.floating[Any]]
+) -> tuple[float, float]:
+    """Relative error and cosine of the values of one tile."""
+    stored, wanted = stored.astype(np.float64), wanted.astype(np.float64)
+    norm = np.linalg.norm(wanted)
+    with np.errstate(invalid="ignore"):
+        cosine = stored @ wanted / (np.linalg.norm(stored) * norm)
+    return float(np.linalg.norm(stored - wanted) / norm), float(cosine)

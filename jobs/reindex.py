@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from jobs.cluster import lost_leases_explained
 from jobs.config import ExtractConfig
 from jobs.extract import Job, Request, Summary, open_and_clean, prepare, run_job, run_name
 from jobs.reindex_plan import Rates, ReindexPlan, plan_classes
 from pipeline.commits import (
+    Commit,
     Dataset,
     commit_url,
     committed_shards,
@@ -29,7 +31,7 @@ from pipeline.versions import current, current_version, switch, version_folder, 
 
 logger = logging.getLogger(__name__)
 
-PRUNED_AT_ONCE = 500  # shards; the lease is looked at in between
+LOOKED_UP_AT_ONCE = 500  # shards; the lease is looked at in between
 TILING = ("tiling", "max_tiles", "thumbnail", "max_upscale", "tile_size", "resize_to")
 
 
@@ -45,13 +47,15 @@ class Wishes:
 @dataclass(frozen=True)
 class Reindexed:
     """What was planned, and what was done; `run` is None after `--dry-run`. `kept` vanished shards
-    were not pruned, as their source is still beside the others."""
+    were not pruned, as their source is still there. Readers were not led to another version where
+    they would lose `left_behind` shards whose source is still there."""
 
     plan: ReindexPlan
     run: Summary | None = None
     pruned: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     switched: bool = False
+    left_behind: int = 0
 
     @property
     def exit_status(self) -> int:
@@ -69,6 +73,7 @@ class Reindexed:
             "pruned": list(self.pruned),
             "kept": list(self.kept),
             "switched": self.switched,
+            "left_behind": self.left_behind,
         }
 
 
@@ -88,7 +93,7 @@ def reindex(
     asked = prepare(config)
     output, storage = asked.config.output, asked.storage
     version = version_for(output, asked.dataset, storage)
-    folder = output if version is None else version_folder(output, version)
+    folder = version_folder(output, version)
     request = replace(asked, config=asked.config.model_copy(update={"output": folder}))
     if wishes.dry_run:
         with explained("list", folder):
@@ -106,19 +111,22 @@ def reindex(
         tell(plan)
         summary = Summary(len(request.shards), len(request.shards), 0, 0, 0, {}, (), 0.0)
         if found.pending:
-            summary = run_job(Job(request, run, lease), found.pending, local_cluster)
+            above = None if lease is whole else whole
+            summary = run_job(Job(request, run, lease, above), found.pending, local_cluster)
         if summary.interrupted is not None:
             return Reindexed(plan, summary)
         pruned: tuple[str, ...] = ()
         kept: tuple[str, ...] = ()
-        with explained("write to", output):
+        switched, left = False, 0
+        with lost_leases_explained(), explained("write to", output):
             if wishes.prune:
                 pruned, kept = prune(folder, request.shards, found.vanished, lease, storage)
-            switched = False
             if not summary.failures:  # all of INPUT is committed
+                left = left_behind(output, folder, request.shards, storage)
+            if not summary.failures and not left:
                 whole.assure()
                 switched = switch(output, version, request.dataset, storage)
-        return Reindexed(plan, summary, pruned, kept, switched)
+        return Reindexed(plan, summary, pruned, kept, switched, left)
 
 
 @contextmanager
@@ -174,26 +182,62 @@ def prune(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Removes shards that are no longer in INPUT, each commit before what it names.
 
-    One whose tar is still beside the others stays: a listing may have been behind, or INPUT was
+    One whose tar is still where it was read stays: a listing may have been behind, or INPUT was
     given narrower than before. Gives what was removed and what stays.
     """
-    place = shards[0].url.partition("?")[0].removesuffix(f"{shards[0].name}.tar")
     pruned: list[str] = []
-    with explained("look up", place):
-        infos = source_infos([Shard(f"{place}{name}.tar", name) for name in vanished], storage)
-    kept = sorted(name for name in vanished if infos[name] is not None)
-    gone = sorted(name for name in vanished if infos[name] is None)
-    for start in range(0, len(gone), PRUNED_AT_ONCE):
-        names = gone[start : start + PRUNED_AT_ONCE]
-        objects = [
-            join(folder, path)
-            for commit in read_commits(folder, names, storage)
-            for path in objects_of(commit)
-        ]
+    kept: list[str] = []
+    for gone, there in by_source(folder, vanished, shards, storage):
+        names = [commit.shard for commit in gone]
+        objects = [join(folder, path) for commit in gone for path in objects_of(commit)]
         lease.assure()
         storage.remove_objects(*(commit_url(folder, name) for name in names))
         storage.remove_objects(*objects)
         pruned += names
+        kept += there
     for name in kept:
         logger.warning("shard %s is not in INPUT, but its tar is still there: not pruned", name)
     return tuple(pruned), tuple(kept)
+
+
+def left_behind(output: str, folder: str, shards: Sequence[Shard], storage: Storage) -> int:
+    """How many shards readers have now and would not have in `folder`, though their tars are still
+    there: as many as INPUT is narrower than before."""
+    read_now = current(output, storage)
+    if read_now == folder:
+        return 0
+    with explained("read", read_now):
+        lost = committed_shards(read_now, storage) - committed_shards(folder, storage)
+        count = sum(len(there) for _, there in by_source(read_now, sorted(lost), shards, storage))
+    if count:
+        logger.warning(
+            "%s: %d shards that readers have now are not in INPUT, and their tars are still there; "
+            "readers are not led to %s before it has them: give all of INPUT, with these options",
+            redact(output), count, redact(folder),
+        )  # fmt: skip
+    return count
+
+
+def by_source(
+    folder: str, names: Sequence[str], shards: Sequence[Shard], storage: Storage
+) -> Iterator[tuple[list[Commit], list[str]]]:
+    """Some of the names at a time: the commits of those whose tar is gone, or is in INPUT under
+    another name; and those whose tar is still where their commit says.
+
+    Where INPUT's own addresses have a query or a password, which a commit does not keep, a tar
+    behind http(s) cannot be looked up, and counts as there.
+    """
+    in_input = {redact(shard.url) for shard in shards}
+    signed = any(redact(shard.url) != shard.url for shard in shards)
+    names = sorted(names)
+    for start in range(0, len(names), LOOKED_UP_AT_ONCE):
+        commits = list(read_commits(folder, names[start : start + LOOKED_UP_AT_ONCE], storage))
+        sources = {c.shard: c.source.url for c in commits if c.source.url not in in_input}
+        unknown = {name for name, url in sources.items() if signed and url.startswith("http")}
+        looked_up = [Shard(url, name) for name, url in sources.items() if name not in unknown]
+        infos = source_infos(looked_up, storage)
+        there = {name for name, info in infos.items() if info is not None} | unknown
+        yield (
+            [commit for commit in commits if commit.shard not in there],
+            [commit.shard for commit in commits if commit.shard in there],
+        )

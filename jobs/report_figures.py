@@ -108,7 +108,7 @@ def _add_totals(figures: Figures, commit: Commit) -> None:
     figures.rejects += commit.rejects
     figures.source_bytes += commit.source.size
     files = [*commit.parts, *([commit.rejects_part] if commit.rejects_part else [])]
-    figures.output_bytes += sum(file.bytes for file in files)
+    figures.output_bytes += sum(file.total_bytes for file in files)
     for stage in STAGES:
         figures.seconds[stage] += getattr(commit.seconds, stage)
     figures.tile_counts.update(commit.tile_counts)

@@ -23,6 +23,7 @@ from jobs.report_sizes import EDGES, Sizes
 from jobs.report_time import Timeline
 from jobs.terminal import clock
 from pipeline.commits import Dataset, Failure
+from pipeline.records import shown_shape
 from pipeline.storage import redact
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -82,7 +83,7 @@ def page(report: Report) -> str:
 def _head(report: Report) -> Html:
     dataset = report.dataset
     revision = f" @ {dataset.revision[:12]}" if dataset.revision else ""
-    features = ", ".join(f"{name} [{width}]" for name, width in dataset.features.items())
+    features = ", ".join(f"{name} {shown_shape(shape)}" for name, shape in dataset.features.items())
     return join(
         element("h1", redact(report.output)),
         element(

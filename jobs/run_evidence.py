@@ -6,7 +6,7 @@ machines that it ran on.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,19 +15,25 @@ from jobs.capacity import Costs
 from jobs.cpu_rate import CpuRates
 from jobs.device_rates import with_measured
 from jobs.device_tables import DeviceTable, Measured
-from jobs.evidence import Evidence, Way, WayTotals, cores, list_input
-from jobs.outcome import CPU_CHUNK_TILES, GPU_CHUNK_TILES, CpuRun
+from jobs.evidence import Evidence, Way, WayTotals, chunk_sizes, cores, list_input
+from jobs.outcome import CpuRun
 from jobs.plan_document import Rate, SampleNote
 from jobs.plan_options import PlanConfig
 from jobs.sampling import Estimate, choose, estimate_total
 from model.errors import UserError
 from pipeline.commits import Commit, Dataset, committed_shards, read_commits, read_dataset
+from pipeline.generations import part_paths
+from pipeline.layout import Layout, layout_of
 from pipeline.storage import Storage, explained, redact
+from pipeline.versions import current
 
 MOST_COMMITS = 2000
 LOAD_SECONDS = 4.0  # of a replica with a small model on a CPU: imports, mostly
 # Options that OUTPUT's settings decide; another value would be the plan of another run.
-DECIDED = ("tiling", "max_tiles", "thumbnail", "max_upscale", "resize", "embedding_dtype", "dtype")
+DECIDED = (
+    "tiling", "max_tiles", "thumbnail", "max_upscale", "resize", "format", "embedding_dtype",
+    "dtype",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,17 +47,22 @@ class Run:
 
 
 def read_run(output: str, seed: int, storage: Storage) -> Run:
-    """Raises UserError where OUTPUT is none, or nothing is committed there."""
-    dataset = read_dataset(output, storage)
-    with explained("read", output):
-        names = sorted(committed_shards(output, storage))
+    """The version of OUTPUT that readers take.
+
+    Raises:
+        UserError: OUTPUT is none, or no tile was computed for what is committed there.
+    """
+    folder = current(output, storage)
+    dataset = read_dataset(folder, storage)
+    with explained("read", folder):
+        names = sorted(committed_shards(folder, storage))
         chosen = [names[at] for at in choose(len(names), MOST_COMMITS, seed)]
-        commits = tuple(read_commits(output, chosen, storage))
-    if not sum(commit.tiles for commit in commits):
+        commits = tuple(read_commits(folder, chosen, storage))
+    if not _computed_tiles(commits):
         raise UserError(
-            f"{redact(output)}: no tile is committed there; give --from a run with some"
+            f"{redact(folder)}: no tile was computed there; give --from a run with some"
         )
-    return Run(output, dataset, len(names), commits)
+    return Run(folder, dataset, len(names), commits)
 
 
 def settings_of(config: PlanConfig, run: Run, given: frozenset[str]) -> PlanConfig:
@@ -98,16 +109,18 @@ def evidence_of(config: PlanConfig, run: Run, storage: Storage) -> Evidence:
     rejects = total([commit.rejects for commit in commits])
     way = Way(config.tiling, config.max_tiles, config.max_upscale)
     tiles_a_shard = tiles.value / num_shards
+    layout = layout_of(run.dataset)
     chunks = {
-        n: num_shards * max(1.0, tiles_a_shard / n) for n in (CPU_CHUNK_TILES, GPU_CHUNK_TILES)
+        most: num_shards * max(1.0, tiles_a_shard / number)
+        for most, number in chunk_sizes(layout).items()
     }
-    costs = _costs(commits)
+    costs = _costs(commits, layout)
     return Evidence(
         shards=num_shards,
         read_bytes=total_bytes,
         pictures=samples,
         rejects=rejects,
-        tile_counts=_tile_counts(commits, total_bytes / sum(sizes)),
+        tile_counts=_tile_counts(commits, samples.value),
         ways={way: WayTotals(tiles, chunks)},
         costs=costs,
         sample=SampleNote(
@@ -128,15 +141,15 @@ def evidence_of(config: PlanConfig, run: Run, storage: Storage) -> Evidence:
 
 def devices_of(run: Run, table: DeviceTable, tflop_per_tile: float) -> DeviceTable:
     """The table with the rates of the GPUs that computed the run."""
-    for device, (tiles, seconds, ranks) in _computed(run.commits).items():
+    for device, done in _computed(run.commits).items():
         entry = None if device == "cpu" else table.called(device)
-        if entry is None or not seconds:
+        if entry is None or not done.seconds:
             continue
         measured = Measured(
-            tiles_per_second=tiles / seconds / ranks,
-            ranks=ranks,
+            tiles_per_second=done.tiles / done.seconds / done.ranks,
+            ranks=done.ranks,
             tflop_per_tile=tflop_per_tile,
-            source=f"{redact(run.output)}: {tiles:,} tiles on {device}",
+            source=f"{redact(run.output)}: {done.tiles:,} tiles on {device}",
             basis="run",
         )
         table = with_measured(table, entry, measured)
@@ -147,12 +160,11 @@ def cpu_of(run: Run, replicas: int) -> CpuRun | None:
     """How fast this kind of machine was, where the run was on CPUs. Its tasks took the seconds
     beside each other, so nothing is left to be shared."""
     found = _computed(run.commits).get("cpu")
-    if found is None or not found[1]:
+    if found is None or not found.seconds:
         return None
-    tiles, seconds, _ = found
     tile_seconds = sum(commit.seconds.tile for commit in run.commits)
-    embedding = replicas * tiles / seconds
-    tiling = cores() * sum(c.tiles for c in run.commits) / max(tile_seconds, 1e-9)
+    embedding = replicas * found.tiles / found.seconds
+    tiling = cores() * _computed_tiles(run.commits) / max(tile_seconds, 1e-9)
     rates = CpuRates(
         encode_alone=embedding,
         encode_beside=embedding,
@@ -161,44 +173,61 @@ def cpu_of(run: Run, replicas: int) -> CpuRun | None:
         load_seconds=LOAD_SECONDS,
         detail="of a run",
     )
-    source = f"{redact(run.output)}: {tiles:,} tiles, seconds of its replicas"
+    source = f"{redact(run.output)}: {found.tiles:,} tiles, seconds of its replicas"
     return CpuRun(rates, cores(), replicas, "run", source)
 
 
-def _computed(commits: Sequence[Commit]) -> dict[str, tuple[int, float, int]]:
-    """Device → tiles, seconds of replicas, ranks; of shards that one kind alone computed."""
-    found: dict[str, tuple[int, float, int]] = {}
+@dataclass(frozen=True)
+class Done:
+    """What replicas of one kind computed, and the seconds they took."""
+
+    tiles: int
+    seconds: float
+    ranks: int
+
+
+def _computed(commits: Sequence[Commit]) -> dict[str, Done]:
+    """By device, with the number of ranks that computed most; of shards that one kind alone
+    computed. Tiles that were taken over cost a replica nothing."""
+    tiles: Counter[tuple[str, int]] = Counter()
+    seconds: defaultdict[tuple[str, int], float] = defaultdict(float)
     for commit in commits:
         kinds = {(how.device, how.tensor_parallel) for how in commit.computed}
-        if len(kinds) != 1:
-            continue
-        ((device, ranks),) = kinds
-        tiles, seconds, _ = found.get(device, (0, 0.0, ranks))
-        found[device] = (tiles + commit.tiles, seconds + commit.seconds.embed, ranks)
+        if len(kinds) == 1 and commit.tiles > commit.reused:
+            (kind,) = kinds
+            tiles[kind] += commit.tiles - commit.reused
+            seconds[kind] += commit.seconds.embed
+    found: dict[str, Done] = {}
+    for (device, ranks), count in tiles.most_common():
+        found.setdefault(device, Done(count, seconds[device, ranks], ranks))
     return found
 
 
-def _tile_counts(commits: Sequence[Commit], factor: float) -> dict[int, float]:
-    """Pictures by tile count, where the commits tell it."""
+def _computed_tiles(commits: Sequence[Commit]) -> int:
+    return sum(commit.tiles - commit.reused for commit in commits)
+
+
+def _tile_counts(commits: Sequence[Commit], pictures: float) -> dict[int, float]:
+    """So many pictures by tile count, where the commits tell it."""
     counts: Counter[int] = Counter()
     for commit in commits:
-        told = commit.model_dump().get("tile_counts") or {}
-        counts.update({int(tiles): int(pictures) for tiles, pictures in told.items()})
-    return {n: counts[n] * factor for n in sorted(counts)}
+        counts.update(commit.tile_counts)
+    return {n: counts[n] * pictures / counts.total() for n in sorted(counts)}
 
 
-def _costs(commits: Sequence[Commit]) -> Costs:
+def _costs(commits: Sequence[Commit], layout: Layout) -> Costs:
     tiles = sum(commit.tiles for commit in commits)
     seen = sum(commit.source.size for commit in commits)
     read = sum(commit.seconds.read for commit in commits)
-    written = sum(part.bytes for commit in commits for part in commit.parts)
+    written = sum(part.total_bytes for commit in commits for part in commit.parts)
     return Costs(
         read_cpu_per_byte=read / seen,
-        tile_cpu_per_tile=sum(commit.seconds.tile for commit in commits) / tiles,
+        tile_cpu_per_tile=sum(c.seconds.tile for c in commits) / _computed_tiles(commits),
         write_cpu_per_tile=sum(commit.seconds.write for commit in commits) / tiles,
         stream_bytes_per_second=seen / max(read, 1e-9),
         output_bytes_per_tile=written / tiles,
         commit_bytes=sum(len(commit.dump()) for commit in commits) / len(commits),
+        objects_a_part=len(part_paths("s", 1, 1, layout)[0]),
     )
 
 

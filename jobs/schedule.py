@@ -18,7 +18,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-from jobs.ray_jobs import AWAY, Cluster, Job, UnknownJobError, connect
+from jobs.ray_jobs import (
+    AWAY,
+    Cluster,
+    Job,
+    KnownJobError,
+    UnknownJobError,
+    UnreachableError,
+    connect,
+)
 from jobs.schedule_history import LOST, NOT_SUBMITTED, End, History, Run, Start, held_history
 from jobs.submission import Submission, prepare
 from jobs.submit import Place, submit
@@ -29,7 +37,9 @@ from pipeline.printable import printable
 
 LOOK_SECONDS = 10.0  # between two looks at a run that goes on
 NAP_SECONDS = 60.0  # longest wait at once: a clock that is set, or a laptop that slept, is noticed
-TROUBLES = (*AWAY, BrokenRunError, UserError)
+DAY = timedelta(days=1)
+UNSURE = (*AWAY, BrokenRunError, UnreachableError)  # what tells nothing of what the cluster did
+TROUBLES = (*UNSURE, UserError)
 
 
 class Clock(Protocol):
@@ -93,6 +103,9 @@ class Schedule:
     runner: Runner
     clock: Clock
     tell: Callable[[str], object]
+    _unsure: str = ""  # the run that the cluster may not have been given yet
+    _trouble: str = ""  # the last that was said of a submission
+    _set_back: datetime | None = None  # when the history was found to be ahead of the clock
 
     def run(self) -> None:
         """Until the clock says that it is to end. A run that goes on then is left to go on."""
@@ -116,11 +129,21 @@ class Schedule:
         """The last time that has had its run; a new schedule owes nothing for what was before it.
 
         A run that was lost is made up once: a second one lost for the same time waits for the next.
+        Where the clock was ahead for a time, and runs with it, what is due from now on counts.
         """
         runs = self.history.runs
         if not runs:
             return began
         last = runs[-1]
+        if last.start.due - self.clock.now() > DAY:
+            if self._set_back is None:
+                self._set_back = self.clock.now()
+                self.tell(
+                    f"the last run of the history was due {last.start.due:%Y-%m-%d %H:%M} UTC, "
+                    "which is to come: the clock was set back, and the timetable begins anew"
+                )
+            return self._set_back
+        self._set_back = None
         assert last.end is not None
         lost = [run for run in runs if run.start.due == last.start.due and _lost(run)]
         owed = _lost(last) and len(lost) == 1
@@ -130,12 +153,26 @@ class Schedule:
         run = f"reindex-{due:%Y%m%dT%H%M}-{secrets.token_hex(3)}"
         self.history.append(Start(run=run, due=due, at=self.clock.now()))
         self.tell(f"{run}: due {due:%Y-%m-%d %H:%M} UTC")
+        self._unsure = run
+        self._submit(run)
+
+    def _submit(self, run: str) -> None:
+        """Hands a run to the cluster. Where no answer comes the cluster may have taken it all the
+        same: it is given it again, under the same id, until it says so."""
         try:
             self.runner.submit(run)
-        except (UserError, BrokenRunError) as error:
+            self._unsure = self._trouble = ""
+        except KnownJobError:  # an earlier attempt came through
+            self._unsure = ""
+        except UNSURE as error:
+            if self._trouble != str(error):
+                self._trouble = str(error)
+                self.tell(
+                    f"{run}: {error or type(error).__name__}; submitted again until it is taken"
+                )
+        except UserError as error:
+            self._unsure = ""
             self._end(run, NOT_SUBMITTED, 1, message=str(error))
-        except AWAY as error:  # the cluster may have taken it all the same: it is asked
-            self.tell(f"{run}: {type(error).__name__} while it was submitted")
 
     def _watch(self, run: str) -> bool:
         """Waits until a run is over, and writes how it ended; False: the schedule is to end."""
@@ -144,19 +181,31 @@ class Schedule:
             try:
                 job = self.runner.job(run)
                 if job.over:
-                    changed = last_document(self.runner.log(run))
-                    self._end(run, job.status, job.exit_status, changed)
+                    self._finish(job)
                     return True
-                trouble = ""
+                trouble, self._unsure = "", ""
             except UnknownJobError as error:
-                self._end(run, LOST, 1, message=str(error))
-                return True
+                if self._unsure != run:
+                    self._end(run, LOST, 1, message=str(error))
+                    return True
+                self._submit(run)
+                if self.history.runs[-1].end is not None:
+                    return True
             except TROUBLES as error:
                 if trouble != str(error):
                     trouble = str(error)
                     self.tell(f"{run}: {trouble or type(error).__name__}; trying again")
             if self.clock.wait(LOOK_SECONDS):
                 return False
+
+    def _finish(self, job: Job) -> None:
+        """Writes how a job ended. Its log may be gone with its node: that is no reason to wait."""
+        changed, message = None, ""
+        try:
+            changed = last_document(self.runner.log(job.id))
+        except TROUBLES as error:
+            message = f"its log cannot be read: {error or type(error).__name__}"
+        self._end(job.id, job.status, job.exit_status, changed, message)
 
     def _end(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from jobs.terminal import BrokenRunError
 from model.errors import UserError
 
 LOST = "LOST"  # its cluster knows nothing of it: it was never submitted, or the cluster is gone
@@ -85,14 +87,26 @@ def read_history(file: Path) -> list[Run]:
 class History:
     """The history of the schedule that runs now, and holds the file."""
 
-    def __init__(self, descriptor: int, runs: Sequence[Run]) -> None:
+    def __init__(self, file: Path, descriptor: int, runs: Sequence[Run]) -> None:
+        self._file = file
         self._descriptor = descriptor
         self.runs = list(runs)
 
     def append(self, event: Start | End) -> None:
-        """Whole on disk when it returns."""
-        os.write(self._descriptor, event.model_dump_json().encode() + b"\n")
-        os.fsync(self._descriptor)
+        """Whole on disk when it returns.
+
+        Raises:
+            BrokenRunError: the disk does not take it; the file is as it was.
+        """
+        line = event.model_dump_json().encode() + b"\n"
+        before = os.fstat(self._descriptor).st_size
+        try:
+            if os.write(self._descriptor, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._descriptor)
+        except OSError as error:
+            os.ftruncate(self._descriptor, before)
+            raise BrokenRunError(f"{self._file}: cannot be written: {error.strerror}") from error
         if isinstance(event, Start):
             self.runs.append(Run(start=event, end=None))
         else:
@@ -119,6 +133,6 @@ def held_history(file: Path) -> Iterator[History]:
             ) from error
         runs = read_history(file)
         os.ftruncate(descriptor, file.read_bytes().rfind(b"\n") + 1)
-        yield History(descriptor, runs)
+        yield History(file, descriptor, runs)
     finally:
         os.close(descriptor)

@@ -43,9 +43,16 @@ def holds_secret(value: object) -> bool:
     return ":" in parts.netloc.rpartition("@")[0] or SECRET_NAME.search(parts.query) is not None
 
 
+def options_hold_secret(given: Mapping[str, Any]) -> bool:
+    """The same of options as they were typed: storage options may be a JSON object in text."""
+    return holds_secret(
+        {**given, "storage_options": options_as_typed(given.get("storage_options"))}
+    )
+
+
 def warn_of_command_line(given: Mapping[str, Any]) -> None:
     """Says once that other users of this machine read a secret on the command line."""
-    if holds_secret({**given, "storage_options": options_as_typed(given.get("storage_options"))}):
+    if options_hold_secret(given):
         logger.warning(
             "a secret on the command line can be read by every user of this machine; use the "
             "storage's own variables or profile (such as AWS_PROFILE), or storage_options in a "
@@ -55,7 +62,7 @@ def warn_of_command_line(given: Mapping[str, Any]) -> None:
 
 def warn_of_readable_file(file: Path, loaded: Mapping[str, Any]) -> None:
     """Says once that a file with a secret in it is open to others."""
-    if file.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH) and holds_secret(loaded):
+    if file.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH) and options_hold_secret(loaded):
         logger.warning("%s: holds a secret and other users may read it; chmod 600 %s", file, file)
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.printable import printable
+from pipeline.records import shown_shape
 from pipeline.storage import redact
 
 if TYPE_CHECKING:
@@ -71,6 +72,11 @@ def show_reindexed(done: Reindexed) -> None:
     for name, shards in (("pruned", done.pruned), ("not pruned", done.kept)):
         if shards:
             console.print(f"{name}: {len(shards)} shards", highlight=False)
+    if done.left_behind:
+        console.print(
+            f"readers stay where they are: they would lose {done.left_behind:,} shards",
+            highlight=False,
+        )
     if done.switched:
         line = printable(f"readers are led to {done.plan.folder} now")
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -89,7 +95,7 @@ def show_status(status: Status, output: str) -> None:
         *([("version", status.version)] if status.version else []),
         ("model", dataset.model + (f" @ {dataset.revision[:12]}" if dataset.revision else "")),
         ("tiling", str(dataset.settings["tiling"])),
-        ("features", ", ".join(f"{k} [{v}]" for k, v in dataset.features.items())),
+        ("features", ", ".join(f"{k} {shown_shape(v)}" for k, v in dataset.features.items())),
         ("fingerprint", dataset.fingerprint[:12]),
         ("committed", f"{status.committed} shards, {status.samples:,} pictures"),
         ("tiles", f"{status.tiles:,} ({ByteSize(status.output_bytes).human_readable()})"),

@@ -40,7 +40,7 @@ def _input(plan: Plan) -> list[tuple[str, str]]:
         ),
         ("pictures", _interval(plan.pictures, whole)),
         ("tiles", _interval(plan.tiles, whole)),
-        ("rejects", _interval(plan.rejects, whole and not plan.rejects.value)),
+        ("rejects", _interval(plan.rejects, whole)),
         ("pictures by tiles", _histogram(plan.chosen.tile_counts)),
     ]
     if sample.missing:
@@ -139,7 +139,7 @@ def _interval(interval: Interval, whole: bool) -> str:
     text = f"{interval.value:,.0f}"
     if interval.low is None or interval.high is None:
         return f"{text}, interval unknown"
-    if whole:
+    if whole and interval.low == interval.high:
         return f"{text}, counted"
     if not interval.value:
         return f"{text} (95 %: {interval.low:,.0f} to {interval.high:,.0f})"

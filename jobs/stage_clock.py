@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from model.feature_shapes import feature_shape
 from pipeline.chunks import Chunk, TileSettings
 from pipeline.embedding import PartSettings, embed_chunk
 from pipeline.records import Row, from_ipc
@@ -58,6 +59,7 @@ class EncodeJob:
     attention: str
     layer: int
     features: tuple[str, ...]
+    embedding_dtype: str
     batch_tiles: int | None
     threads: int
     chunk_tiles: int
@@ -118,12 +120,13 @@ def encoding(job: EncodeJob) -> tuple[str, Iterator[int]]:
         device="cpu",
         layer=job.layer,
         features=tuple(job.features),
+        embedding_dtype=job.embedding_dtype,  # type: ignore[arg-type]
         attention=job.attention,
         batch_tiles=job.batch_tiles,
     )
     side = checkpoint.preprocessor.crop
-    features = dict.fromkeys(job.features, checkpoint.config.hidden_size)
-    parts = PartSettings(Storage(), "", "", features, "float32", ())
+    features = {name: feature_shape(name, checkpoint.config, side) for name in job.features}
+    parts = PartSettings(Storage(), "", "", features, job.embedding_dtype, ())
     chunk = _chunk(job.chunk_tiles, side)
 
     def work() -> Iterator[int]:

@@ -66,7 +66,7 @@ def read_status(output: str, storage_options: Mapping[str, Any]) -> Status:
             totals["samples"] += commit.samples
             totals["tiles"] += commit.tiles
             totals["rejects"] += commit.rejects
-            totals["bytes"] += sum(part.bytes for part in commit.parts)
+            totals["bytes"] += sum(part.total_bytes for part in commit.parts)
             for stage in STAGES:
                 seconds[stage] += getattr(commit.seconds, stage)
         progress = newest_progress(output, storage)

@@ -6,6 +6,8 @@ metadata, its variables and its files. So a secret in any of them is refused.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,16 +16,23 @@ from pathlib import Path
 from typing import Any
 
 import typer.main
+import yaml
 
 from jobs.config import ExtractConfig, ExtractOptions, load_config
-from jobs.secrets import holds_secret, options_as_typed
+from jobs.secrets import holds_secret, options_hold_secret
 from jobs.yaml_file import read_yaml
 from model.errors import UserError
+from pipeline.shards import read_list
 from pipeline.storage import redact, shared
 
 VERBS = ("extract", "reindex", "verify")
 CONFIG = "job.yaml"
 SHOWN_CHARACTERS = 400  # of INPUT in the metadata: it may list a thousand shards
+DYNAMIC = frozenset({"max_tiles", "thumbnail", "max_upscale"})
+DECIDING = DYNAMIC | {
+    "model", "revision", "tiling", "resize", "features", "layer", "dtype", "format",
+    "embedding_dtype", "image_key", "carry",
+}  # fmt: skip
 REFUSED = (
     "a secret in {place} would be readable to everybody who has the cluster's token; give the "
     "nodes an instance profile, or the storage's own variables or profile (such as AWS_PROFILE)"
@@ -50,8 +59,7 @@ def prepare(arguments: Sequence[str], verbs: Sequence[str] = VERBS) -> Submissio
     """
     verb, rest = _verb(arguments, verbs)
     parameters, given = _parsed(verb, rest)
-    options = options_as_typed(given.get("storage_options"))
-    if holds_secret({**given, "storage_options": options}):
+    if options_hold_secret(given):
         raise UserError(REFUSED.format(place="the arguments"))
     files: dict[str, bytes] = {}
     config: ExtractConfig | None = None
@@ -60,11 +68,13 @@ def prepare(arguments: Sequence[str], verbs: Sequence[str] = VERBS) -> Submissio
         config = _job(verb, given, files)
         inputs = [_entry(entry, files) for entry in config.input]
         values["paths"] = [*inputs, shared(config.output)]
-        values["model"] = shared(config.model) if Path(config.model).is_dir() else config.model
+        values["model"] = _model(config.model)
         values["config"] = CONFIG if CONFIG in files else None
     else:
         values["output"] = shared(given["output"])
         values["source"] = [_entry(entry, files) for entry in given.get("source", ())]
+        if "model" in given:
+            values["model"] = _model(given["model"])
     command = ["python", "-m", "jobs.cli", verb, *_arguments(parameters, values)]
     return Submission(shlex.join(command), files, _metadata(verb, values, config))
 
@@ -103,23 +113,26 @@ def _job(verb: str, given: Mapping[str, Any], files: dict[str, bytes]) -> Extrac
     if paths:
         options |= {"input": tuple(paths[:-1]), "output": paths[-1]}
     file = given.get("config")
+    config = load_config(file, options)
     if file is not None:
-        if holds_secret(read_yaml(file)):
+        loaded = read_yaml(file)
+        if options_hold_secret(loaded):
             raise UserError(REFUSED.format(place=str(file)))
-        files[CONFIG] = file.read_bytes()
-    return load_config(file, options)
+        # Written anew: a comment may hold a secret, too.
+        files[CONFIG] = yaml.safe_dump(loaded, allow_unicode=True, sort_keys=False).encode()
+    return config
+
+
+def _model(name: str) -> str:
+    """A checkpoint's folder as every node sees it; an id of the hub as it is."""
+    return shared(name) if Path(name).is_dir() else name
 
 
 def _entry(entry: str, files: dict[str, bytes]) -> str:
     """One of INPUT, as the cluster understands it; a list travels along."""
     if not entry.startswith("@"):
         return shared(entry)
-    try:
-        lines = Path(entry[1:]).read_text().splitlines()
-    except OSError as error:
-        raise UserError(f"{entry}: cannot read the list of shards: {error.strerror}") from error
-    stripped = [line.strip() for line in lines]
-    listed = [shared(line) for line in stripped if line and not line.startswith("#")]
+    listed = [shared(line) for line in read_list(entry)]
     if holds_secret(listed):
         raise UserError(REFUSED.format(place=entry))
     name = f"input-{len(files)}.txt"
@@ -156,9 +169,18 @@ def _metadata(verb: str, values: Mapping[str, Any], config: ExtractConfig | None
         }
         if Path(config.model).is_dir():
             known["fingerprint"] = _fingerprint(config)
+        else:
+            known["settings"] = _settings_digest(config)
     elif isinstance(values.get("output"), str):
         known["output"] = redact(values["output"])
     return known
+
+
+def _settings_digest(config: ExtractConfig) -> str:
+    """Of what was asked for that decides the fingerprint: all that is known without the weights."""
+    left_out = DYNAMIC if config.tiling != "dynamic" else frozenset()
+    asked = config.model_dump(mode="json", include=set(DECIDING - left_out))
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
 def _fingerprint(config: ExtractConfig) -> str:

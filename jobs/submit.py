@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from jobs.follow import follow, to_stdout
 from jobs.ray_jobs import Cluster, Job, explained
 from jobs.shipping import pack
 from jobs.submission import Submission
+from jobs.terminal import BrokenRunError
 from model.errors import UserError
 from pipeline.printable import printable
 
@@ -42,12 +44,18 @@ def submit(
     """Hands a job to the cluster, with its code; gives its id.
 
     Raises:
-        UserError: the cluster has a job of that id, or cannot be reached.
+        UserError: the cluster has a job of that id, or refuses.
+        BrokenRunError: this machine's disk, or the cluster, failed.
     """
     with tempfile.TemporaryDirectory(prefix="tessera-submit-") as name:
         folder = Path(name) / "job"
-        folder.mkdir()
-        pack(folder, submission.files)
+        try:
+            folder.mkdir()
+            pack(folder, submission.files)
+        except OSError as error:
+            # copytree goes on, and tells of every file.
+            first = error.args[0][0][2] if isinstance(error, shutil.Error) else error
+            raise BrokenRunError(f"the job's files cannot be put into {name}: {first}") from error
         with explained(job_id or ""):
             return str(
                 cluster.client.submit_job(

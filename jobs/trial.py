@@ -19,19 +19,24 @@ import pyarrow as pa
 
 from pipeline.chunks import TileSettings, tile_group
 from pipeline.embedding import PartSettings, embed_chunk, write_part
+from pipeline.layout import Layout
 from pipeline.ledger import CompleteShard
-from pipeline.records import Head, Part, ShardEnd, rejects_table, sample_schema
+from pipeline.records import Head, Part, ShardEnd, num_values, rejects_table, sample_schema
 from pipeline.samples import GROUP_SAMPLES, GroupRow
 from pipeline.stages import keep_freed_memory
 from pipeline.storage import Storage
 from pipeline.writers import FinalizeSettings, finalize_shard
 
 NAME = "sample"
+WRITTEN_BYTES = 256 << 20  # of part files: tokens of 200 pictures would be 10 GB
 
 
 @dataclass(frozen=True)
 class Trial:
-    """`output_bytes` of `tiles` rows, features and all; `rejects` those that decoding brought."""
+    """`output_bytes` of `tiles` rows, features and all; `rejects` those that decoding brought.
+
+    Where not all rows were written, what was is scaled up to them.
+    """
 
     pictures: int
     tiles: int
@@ -55,46 +60,54 @@ def group_of(samples: Sequence[Mapping[str, Any]], carry: tuple[str, ...], numbe
 def try_out(
     samples: Sequence[Mapping[str, Any]],
     settings: TileSettings,
-    features: Mapping[str, int],
-    embedding_dtype: str,
+    layout: Layout,
     say: Callable[[str], None],
 ) -> Trial:
-    """Tiles and writes `samples`; nothing of it stays."""
+    """Tiles `samples`, and writes what they give up to WRITTEN_BYTES; nothing of it stays."""
     keep_freed_memory()
     rng = np.random.default_rng(0)
 
     def encode(tiles: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[np.float32]]:
         return {
-            name: rng.standard_normal((len(tiles), width), dtype=np.float32)
-            for name, width in features.items()
+            name: rng.standard_normal((len(tiles), num_values(shape)), dtype=np.float32)
+            for name, shape in layout.features.items()
         }
 
     runs = [samples[at : at + GROUP_SAMPLES] for at in range(0, len(samples), GROUP_SAMPLES)]
     parts: list[Part] = []
+    rejects: Counter[str] = Counter()
+    tiles = 0
     tile_seconds = write_seconds = 0.0
     with tempfile.TemporaryDirectory(prefix="tessera-plan-") as folder:
-        output = PartSettings(Storage(), folder, "trial", features, embedding_dtype, settings.carry)
+        output = PartSettings(
+            Storage(), folder, "trial", layout.features, layout.embedding_dtype, layout.carry,
+            layout.format,
+        )  # fmt: skip
         for number, run in enumerate(runs):
             group = group_of(run, settings.carry, number)
             began = time.process_time()
             for chunk in tile_group(group, settings):
                 tile_seconds += time.process_time() - began
-                embedded = embed_chunk(chunk, encode, output)
-                began = time.process_time()
-                parts.append(write_part(embedded, output))
-                write_seconds += time.process_time() - began
+                tiles += chunk.rows.num_rows
+                rejects.update(f"{r['stage']}/{r['error']}" for r in chunk.rejects.to_pylist())
+                if sum(part.num_bytes for part in parts) < WRITTEN_BYTES:
+                    embedded = embed_chunk(chunk, encode, output)
+                    began = time.process_time()
+                    parts.append(write_part(embedded, output))
+                    write_seconds += time.process_time() - began
                 began = time.process_time()
             say(f"tiled {min((number + 1) * GROUP_SAMPLES, len(samples))} pictures")
         shard = CompleteShard(NAME, NAME, ShardEnd(len(samples), 0, None), tuple(parts))
         began = time.process_time()
         commit = finalize_shard(shard, FinalizeSettings(output, "0" * 64, 1 << 40))
         write_seconds += time.process_time() - began
+    scale = tiles / max(commit.tiles, 1)
     return Trial(
         pictures=len(samples),
-        tiles=commit.tiles,
-        rejects=shard.rejects,
+        tiles=tiles,
+        rejects=rejects,
         tile_cpu_seconds=tile_seconds,
-        write_cpu_seconds=write_seconds,
-        output_bytes=sum(part.bytes for part in commit.parts),
+        write_cpu_seconds=write_seconds * scale,
+        output_bytes=round(sum(part.total_bytes for part in commit.parts) * scale),
         commit_bytes=len(commit.dump()),
     )

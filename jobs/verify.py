@@ -10,10 +10,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
+from jobs.recorded import matching_checkpoint
 from model.errors import UserError
 from pipeline.audit import ShardAudit, audit_shard
 from pipeline.commits import RUNS, Commit, Dataset, Progress, commit_url, read_dataset
 from pipeline.generations import PUBLISHED, owners
+from pipeline.layout import Layout, layout_of
 from pipeline.shards import list_shards
 from pipeline.storage import TEMPORARY, Storage, explained, join
 from pipeline.versions import VERSIONS, current, current_version
@@ -65,11 +67,7 @@ def verify(
     version = current_version(output, storage)
     output = current(output, storage)
     dataset = read_dataset(output, storage)
-    checkpoint = None
-    if recompute:
-        from jobs.recompute import matching_checkpoint
-
-        checkpoint = matching_checkpoint(dataset, model)
+    checkpoint = matching_checkpoint(dataset, model) if recompute else None
     sources = {shard.name: shard for shard in list_shards(inputs, storage)} if inputs else {}
     with explained("read", output):
         sizes = {
@@ -91,7 +89,7 @@ def verify(
         with ThreadPoolExecutor(NUM_SHARDS_AT_ONCE) as pool:
             audits = list(shown(pool.map(audit, commits), len(commits)))
         problems += [problem for audited in audits for problem in audited.problems]
-        problems += leftover_problems(output, sizes, commits, storage)
+        problems += leftover_problems(output, sizes, commits, layout_of(dataset), storage)
     if inputs:
         problems += input_problems(sources, names)
     recomputed = None
@@ -172,7 +170,11 @@ def input_problems(sources: Iterable[str], committed: Iterable[str]) -> list[str
 
 
 def leftover_problems(
-    output: str, files: Iterable[str], commits: Sequence[Commit], storage: Storage
+    output: str,
+    files: Iterable[str],
+    commits: Sequence[Commit],
+    layout: Layout,
+    storage: Storage,
 ) -> list[str]:
     """Files that belong to no committed shard; while a run is not finished, that it is not."""
     files = sorted(files)
@@ -186,20 +188,21 @@ def leftover_problems(
         )
         problems += [f"shard {f.shard}: failed, {f.reason}" for f in progress.failures]
     known = {
-        part.path
+        published.path
         for commit in commits
         for part in (*commit.parts, *filter(None, [commit.rejects_part]))
+        for published in part.objects
     }
     unread = set(committed_names(files)) - {commit.shard for commit in commits}
     for file in files:
-        folder, _, rest = file.partition("/")
+        folder = file.partition("/")[0]
         if folder == RUNS or TEMPORARY.search(file):
             if not records:
                 problems.append(f"{file}: left by a run that died; run `extract` again")
         elif (
             folder in PUBLISHED
             and file not in known
-            and unread.isdisjoint(owner.shard for owner in owners(rest))
+            and unread.isdisjoint(owner.shard for owner in owners(file, layout.format))
         ):
             problems.append(f"{file}: part without commit")
     return problems

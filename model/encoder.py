@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,8 @@ from model.batch_choice import choose_batch
 from model.checkpoint import Checkpoint
 from model.config import count_blocks
 from model.errors import UserError
+from model.feature_shapes import feature_shape
+from model.features import FEATURES
 from model.float8 import require_float8
 from model.group import ALONE, Group
 from model.intern_vit import InternViT
@@ -35,12 +37,8 @@ DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
     "fp8": torch.bfloat16,
 }
-# Tokens [b, N, hidden] of a block → a feature [b, hidden], float32. `cls` is a copy, not a view,
-# so that it does not keep all tokens in memory.
-FEATURES: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "cls": lambda tokens: tokens[:, 0].to(torch.float32, copy=True),
-    "mean": lambda tokens: tokens[:, 1:].mean(1, dtype=torch.float32),
-}
+EmbeddingDType = Literal["float16", "float32"]
+EMBEDDING_DTYPES: Mapping[str, torch.dtype] = {"float16": torch.float16, "float32": torch.float32}
 # Tiles of one forward pass where none are asked for: on a GPU the fewest that are about as fast as
 # any, found by trying; on a CPU more than a few only take memory.
 CPU_BATCH_TILES = 4
@@ -59,12 +57,14 @@ class Encoder:
         dtype: DType,
         device: torch.device,
         features: Sequence[str],
+        embedding_dtype: EmbeddingDType,
         batch_tiles: int,
         attention: kernels.Choice,
         group: Group,
     ) -> None:
         self.checkpoint = checkpoint
         self.features = tuple(features)
+        self.embedding_dtype = embedding_dtype
         self.batch_tiles = batch_tiles
         self.attention = attention
         self._group = group
@@ -89,6 +89,7 @@ class Encoder:
         device: str,
         layer: int = -1,
         features: Sequence[str] = ("cls", "mean"),
+        embedding_dtype: EmbeddingDType = "float32",
         attention: str = "auto",
         batch_tiles: int | None = None,
         group: Group = ALONE,
@@ -135,6 +136,7 @@ class Encoder:
             dtype=dtype,
             device=place,
             features=features,
+            embedding_dtype=embedding_dtype,
             batch_tiles=batch_tiles or CPU_BATCH_TILES,
             attention=choice,
             group=group,
@@ -150,12 +152,15 @@ class Encoder:
         return encoder
 
     @torch.inference_mode()
-    def encode(self, tiles: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[np.float32]]:
-        """Embeds tiles: uint8 [n, S, S, 3] in RGB → each feature float32 [n, hidden].
+    def encode(self, tiles: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[Any]]:
+        """Embeds tiles: uint8 [n, S, S, 3] in RGB → each feature [n, hidden] or [n, tokens, D].
 
         S is `checkpoint.preprocessor.crop`, or any multiple of the patch size (positions are
         then interpolated); n may be 0. The tiles are only read. `cls` is the class token of the
-        chosen block, `mean` the mean of its patch tokens; no norm follows.
+        chosen block, `mean` the mean of its patch tokens, `tokens` all of them and `tokens-2x2`
+        InternVL's pixel shuffle of the patch tokens; no norm follows. Values have the
+        `embedding_dtype` of the encoder. In float16 an infinity is a value that it cannot hold; a
+        tile for which the network gave anything that is not finite has a NaN.
         """
         self.check(tiles)
         try:
@@ -170,18 +175,23 @@ class Encoder:
         torch.cuda.empty_cache()
         return self._encode(tiles)
 
-    def _encode(self, tiles: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[np.float32]]:
-        # A GPU's work is put under way before any of it is waited for: the next micro-batch goes
-        # there while this one is computed, and features stay until the last one is done.
-        outputs = [
-            self._forward(self._stage(tiles[start : start + self.batch_tiles]))
-            for start in range(0, len(tiles), self.batch_tiles)
-        ]
-        empty = np.empty((0, self.checkpoint.config.hidden_size), np.float32)
-        return {
-            feature: torch.cat([o[feature] for o in outputs]).cpu().numpy() if outputs else empty
-            for feature in self.features
-        }
+    def _encode(self, tiles: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[Any]]:
+        features = {name: self._empty(name, *tiles.shape[:2]) for name in self.features}
+        waiting: list[tuple[int, dict[str, Tensor]]] = []
+        for start in range(0, len(tiles), self.batch_tiles):
+            batch = self._stage(tiles[start : start + self.batch_tiles])
+            waiting.append((start, self._forward(batch)))
+            # A GPU's work is put under way before any of it is waited for: the next micro-batch
+            # goes there while this one is computed, and features stay until the last one is done.
+            if self._device.type == "cpu":
+                _fetch(waiting, features)
+        _fetch(waiting, features)
+        return features
+
+    def _empty(self, feature: str, num_tiles: int, side: int) -> npt.NDArray[Any]:
+        shape = feature_shape(feature, self.checkpoint.config, side)
+        inner = (shape,) if isinstance(shape, int) else shape
+        return np.empty((num_tiles, *inner), self.embedding_dtype)
 
     def check(self, tiles: npt.NDArray[np.uint8]) -> None:
         """Raises ValueError for tiles that `encode` does not take."""
@@ -212,10 +222,11 @@ class Encoder:
         return sent
 
     def _forward(self, tiles: Tensor) -> dict[str, Tensor]:
-        """uint8 [b, S, S, 3] on the device → each feature there, float32 [b, hidden]."""
+        """uint8 [b, S, S, 3] on the device → each feature there, [b, hidden] or [b, tokens, D]."""
         pixels = (tiles.permute(0, 3, 1, 2).float() / 255 - self._mean) / self._std  # [b, 3, S, S]
         tokens = self._network(pixels.to(self._dtype))  # [b, N, hidden]
-        return {feature: FEATURES[feature](tokens) for feature in self.features}
+        dtype = EMBEDDING_DTYPES[self.embedding_dtype]
+        return {feature: _stored(FEATURES[feature](tokens), dtype) for feature in self.features}
 
     def _find_batch(self) -> int:
         """Tiles of a forward pass by trying: rank 0 decides, the others follow.
@@ -271,6 +282,25 @@ class Encoder:
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             raise
+
+
+def _stored(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """[b, ...] in the type that is stored, see `encode`."""
+    stored = values.to(dtype).contiguous()
+    if dtype == torch.float16:
+        finite = values.isfinite().flatten(1).all(1)
+        stored.view(len(stored), -1)[:, 0].masked_fill_(~finite, torch.nan)
+    return stored
+
+
+def _fetch(
+    waiting: list[tuple[int, dict[str, Tensor]]], features: Mapping[str, npt.NDArray[Any]]
+) -> None:
+    """Takes what micro-batches gave into `features`, from the tile with which each began."""
+    for start, output in waiting:
+        for name, values in output.items():
+            torch.from_numpy(features[name][start : start + len(values)]).copy_(values)
+    waiting.clear()
 
 
 def _choose_attention(

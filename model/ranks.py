@@ -16,7 +16,6 @@ with the rank's number in front.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import os
@@ -39,7 +38,8 @@ from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from model.attention import Choice
 from model.checkpoint import Checkpoint, open_checkpoint
-from model.encoder import DType, Encoder
+from model.child import job_of_child, start_child
+from model.encoder import DType, EmbeddingDType, Encoder
 from model.errors import UserError
 from model.group import Group, distributed_group
 from model.pulse import Pulse, SharedMemory, Stillness
@@ -53,7 +53,6 @@ LOAD_SECONDS = 1800.0  # 11 GB from a cold disk, and kernels compiled
 GRACE_SECONDS = 10.0
 LAST_WORDS_SECONDS = 2.0
 POLL_SECONDS = 0.2
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,7 @@ class RankSettings:
     device: str
     layer: int
     features: Sequence[str]
+    embedding_dtype: EmbeddingDType
     attention: str
     batch_tiles: int | None
     threads: int
@@ -81,6 +81,7 @@ class RankSettings:
             device=self.device,
             layer=self.layer,
             features=self.features,
+            embedding_dtype=self.embedding_dtype,
             attention=self.attention,
             batch_tiles=self.batch_tiles,
             group=group,
@@ -118,6 +119,7 @@ class ParallelEncoder:
         device: str,
         layer: int = -1,
         features: Sequence[str] = ("cls", "mean"),
+        embedding_dtype: EmbeddingDType = "float32",
         attention: str = "auto",
         batch_tiles: int | None = None,
         threads: int = 1,
@@ -136,6 +138,7 @@ class ParallelEncoder:
             device=device,
             layer=layer,
             features=features,
+            embedding_dtype=embedding_dtype,
             attention=attention,
             batch_tiles=batch_tiles,
             threads=threads,
@@ -159,7 +162,7 @@ class ParallelEncoder:
             self.close()
             raise
 
-    def encode(self, tiles: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[np.float32]]:
+    def encode(self, tiles: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[Any]]:
         """As `Encoder.encode`. Bad tiles are refused before another rank hears of them."""
         self._encoder.check(tiles)
         if not len(tiles):
@@ -295,20 +298,18 @@ class _Ranks(threading.Thread):
         print_from, print_to = os.pipe()
         job = {
             "rank": rank,
-            "parent": os.getpid(),
             "memory": self._memory.descriptor,
             "store": self._store,
             "reply": reply_to,
             "settings": asdict(self._settings),
         }
-        process = subprocess.Popen(  # noqa: S603 this interpreter and our own module
-            # -P: whatever lies in the current folder is not ours
-            [sys.executable, "-P", "-m", "model.ranks", json.dumps(job)],
+        process = start_child(
+            "model.ranks",
+            job,
             stdin=subprocess.PIPE,
             stdout=print_to,
             stderr=print_to,
             pass_fds=(reply_to, self._memory.descriptor, self._store),
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             start_new_session=True,  # a Ctrl-C is for rank 0, which decides
         )
         os.close(reply_to)
@@ -354,12 +355,8 @@ class _Ranks(threading.Thread):
 
 def main() -> None:
     """A rank other than the first. Ends when its stdin does."""
-    job = json.loads(sys.argv[1])
+    job = job_of_child()
     rank, parent, settings = job["rank"], job["parent"], RankSettings(**job["settings"])
-    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent:
-        return  # it died before the call above
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.INFO)
     memory = SharedMemory(job["memory"], settings.size)
     pulse = Pulse(memory.beats)

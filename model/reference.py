@@ -7,7 +7,7 @@ files and config, and nothing of the network, the naming, or the preparation of 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,7 +88,8 @@ def reference_embeddings(
     features: Sequence[str],
     layer: int = -1,
 ) -> dict[str, npt.NDArray[np.float32]]:
-    """What `Encoder.encode` must give: uint8 [n, S, S, 3] → each feature float32 [n, hidden].
+    """What `Encoder.encode` must give: uint8 [n, S, S, 3] → each feature, float32, [n, hidden] or
+    [n, tokens, D].
 
     `layer` as for the encoder. All tiles go through in one pass.
     """
@@ -105,5 +106,21 @@ def reference_embeddings(
     blocks = outputs.hidden_states[1:]  # the first is what enters block 0
     assert len(blocks) == checkpoint.config.num_layers
     tokens = blocks[layer].float().cpu()  # [n, N, hidden]
-    pooled = {"cls": tokens[:, 0], "mean": tokens[:, 1:].mean(1)}
-    return {feature: pooled[feature].numpy() for feature in features}
+    pooled: dict[str, Callable[[], torch.Tensor]] = {
+        "cls": lambda: tokens[:, 0],
+        "mean": lambda: tokens[:, 1:].mean(1),
+        "tokens": lambda: tokens,
+        "tokens-2x2": lambda: _pixel_shuffle(tokens[:, 1:]),
+    }
+    return {feature: pooled[feature]().numpy() for feature in features}
+
+
+def _pixel_shuffle(patches: torch.Tensor) -> torch.Tensor:
+    """As InternVLModel.get_image_features calls it, before the projector."""
+    from transformers import InternVLModel
+
+    side = int(patches.shape[1] ** 0.5)
+    grid = patches.reshape(len(patches), side, side, -1)
+    shuffle: Any = InternVLModel.pixel_shuffle  # a method that looks at nothing of its object
+    shuffled: torch.Tensor = shuffle(None, grid, scale_factor=0.5)
+    return shuffled.reshape(len(patches), -1, shuffled.shape[-1])

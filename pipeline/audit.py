@@ -5,15 +5,14 @@ A problem is one line that names the file or the shard.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from pipeline.audit_parts import (
-    PartError,
     Seen,
-    fetch_part,
     named,
     reject_problems,
     row_problems,
@@ -21,8 +20,12 @@ from pipeline.audit_parts import (
 )
 from pipeline.audit_source import source_problems
 from pipeline.commits import Commit, Dataset
+from pipeline.formats import open_part
 from pipeline.generations import generation_of, part_paths, rejects_path
-from pipeline.records import SCHEMA_VERSION, Shard
+from pipeline.layout import layout_of
+from pipeline.parquet_format import open_parquet
+from pipeline.part_copies import PartError, local_copies
+from pipeline.records import REJECT_SCHEMA, SCHEMA_VERSION, Shard
 from pipeline.storage import Storage
 
 
@@ -57,21 +60,25 @@ def audit_shard(
     problems = commit_problems(commit, dataset)
     seen = Seen()
     whole = True
+    layout = layout_of(dataset)
     for part in (*commit.parts, *filter(None, [commit.rejects_part])):
         try:
-            if part.path not in sizes:
-                raise PartError("missing")
-            with fetch_part(part, output, sizes[part.path], storage) as local:
-                if part is commit.rejects_part:
-                    found = reject_problems(local, part, seen)
-                else:
-                    found = row_problems(local, part, dataset, seen)
+            if part is commit.rejects_part:
+                with (
+                    local_copies(part, output, storage, sizes) as copies,
+                    open_parquet(copies[part.path], REJECT_SCHEMA, part.rows) as rejects,
+                ):
+                    found = reject_problems(rejects, seen)
+            else:
+                with open_part(part, output, layout, storage, sizes) as opened:
+                    found = row_problems(opened, layout, seen)
             problems += [f"{part.path}: {problem}" for problem in found]
         except PartError as error:
             problems.append(f"{part.path}: {error}")
             whole = False
     if whole:  # else what follows would only say again that a part is not there
         found = [*order_problems(seen), *count_problems(commit, seen)]
+        found = found or told_problems(commit, seen)
         if source is not None:
             found += source_problems(commit, dataset, source, storage, seen)
         problems += [f"shard {commit.shard}: {problem}" for problem in found]
@@ -94,10 +101,15 @@ def commit_problems(commit: Commit, dataset: Dataset) -> list[str]:
     rejects = 0 if commit.rejects_part is None else commit.rejects_part.rows
     if rejects != commit.rejects:
         problems.append(f"{commit.rejects} rejects, but their part has {rejects} rows")
-    paths = [part.path for part in commit.parts]
+    paths = [[published.path for published in part.objects] for part in commit.parts]
     generation = generation_of(commit)
-    if not paths or paths != part_paths(commit.shard, generation, len(paths)):
-        problems.append(f"its parts have other names than the shard's: {', '.join(paths)}")
+    due = part_paths(commit.shard, generation, len(paths), layout_of(dataset))
+    for part, objects in zip(commit.parts, due, strict=True):
+        if not part.rows and len(objects) > 1:  # no rows, no table of them
+            objects.pop()
+    if not paths or paths != due:
+        names = ", ".join(path for objects in paths for path in objects)
+        problems.append(f"its parts have other names than the shard's: {names}")
     path = rejects_path(commit.shard, generation)
     if commit.rejects_part is not None and commit.rejects_part.path != path:
         problems.append(f"its rejects have another name: {commit.rejects_part.path}")
@@ -141,3 +153,18 @@ def count_problems(commit: Commit, seen: Seen) -> list[str]:
         f"beyond the {commit.samples} samples of the commit": (embedded | rejected) - due,
     }
     return [f"{named(samples)}: {what}" for what, samples in wrong.items() if samples]
+
+
+def told_problems(commit: Commit, seen: Seen) -> list[str]:
+    """What the commit counts by kind is what is there; commits of earlier versions do not count."""
+    rows = np.concatenate([np.empty(0, np.int64), *seen.index])
+    tile_counts = Counter(np.diff(run_starts(rows), append=len(rows)).tolist())
+    codes = Counter(f"{reject.stage}/{reject.error}" for reject in seen.rejects.values())
+    return [
+        f"{what}: {told} in the commit, {dict(sorted(found.items()))} there"
+        for what, told, found in (
+            ("pictures by their tiles", commit.tile_counts, tile_counts),
+            ("rejects by their codes", commit.reject_codes, codes),
+        )
+        if told and told != found
+    ]

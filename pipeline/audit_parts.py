@@ -1,39 +1,29 @@
 """Reads the published parts of a shard again: their bytes, columns and values.
 
-A problem is one line without the name of the part. Memory: one row group, and a few dozen bytes for
+A problem is one line without the name of the part. Memory: one batch, and a few dozen bytes for
 each row and sample of the shard.
 """
 
 from __future__ import annotations
 
-import hashlib
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipeline.commits import Dataset, PartFile
-from pipeline.embedding import feature_values
-from pipeline.local_files import BLOCK_BYTES
-from pipeline.records import REJECT_SCHEMA, TILE_FIELDS, embedding_schema
-from pipeline.storage import Storage, join
+from pipeline.layout import Layout
+from pipeline.part_copies import OpenPart, PartError
+from pipeline.records import REJECT_SCHEMA, TILE_FIELDS
+from pipeline.vectors import feature_values
 
 STAGES = frozenset({"read", "decode", "tile", "embed", "write"})
 SHOWN = 5  # numbers that one line names
 
 Integers = npt.NDArray[np.integer[Any]]
-
-
-class PartError(Exception):
-    """A part that cannot be read as what it should be; the message is the problem."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +37,7 @@ class Rejected:
 
 @dataclass
 class Seen:
-    """What the rows of a shard say, gathered part by part and row group by row group.
+    """What the rows of a shard say, gathered part by part and batch by batch.
 
     `index`, `tile` and `count` hold sample_index, tile_index and tile_count of every row; `keys`
     and `digests` are those of each embedded sample, by its index.
@@ -61,61 +51,19 @@ class Seen:
     rejects: dict[int, Rejected] = field(default_factory=dict)
 
 
-@contextmanager
-def fetch_part(part: PartFile, output: str, size: int, storage: Storage) -> Iterator[Path]:
-    """A local copy of a published part, for as long as the `with` lasts.
+def checked_tables(opened: OpenPart, schema: pa.Schema) -> Iterator[pa.Table]:
+    """The rows of a part, batch by batch.
 
     Raises:
-        PartError: it is not the bytes that were committed.
-    """
-    if size != part.bytes:
-        raise PartError(f"{size} bytes, the commit says {part.bytes}")
-    with tempfile.NamedTemporaryFile(prefix="tessera-verify-") as copy:
-        copy_part(part, output, storage, copy)
-        yield Path(copy.name)
-
-
-def copy_part(part: PartFile, output: str, storage: Storage, sink: IO[bytes]) -> None:
-    """Copies a published part, block by block.
-
-    Raises:
-        PartError: it is not the bytes that were committed.
-    """
-    digest = hashlib.sha256()
-    for start in range(0, part.bytes, BLOCK_BYTES):
-        end = min(start + BLOCK_BYTES, part.bytes)
-        block = storage.read_range(join(output, part.path), start, end)
-        digest.update(block)
-        sink.write(block)
-    sink.flush()
-    if digest.hexdigest() != part.sha256:
-        raise PartError("its bytes are not those that were committed (sha256 differs)")
-
-
-def row_groups(local: Path, schema: pa.Schema, rows: int) -> Iterator[pa.Table]:
-    """The rows of a part, a row group at a time.
-
-    Raises:
-        PartError: not Parquet, other columns, another number of rows, or a null where none may be.
+        PartError: they cannot be read, or hold a null where none may be.
     """
     may_be_null = set(schema.names) - {f.name for f in [*TILE_FIELDS, *REJECT_SCHEMA]}
     may_be_null -= {f.name for f in schema if pa.types.is_fixed_size_list(f.type)}
-    try:
-        with pq.ParquetFile(local) as file:
-            if not file.schema_arrow.equals(schema, check_metadata=False):
-                raise PartError(_schema_difference(file.schema_arrow, schema))
-            if file.metadata.num_rows != rows:
-                raise PartError(f"{file.metadata.num_rows} rows, the commit says {rows}")
-            for number in range(file.num_row_groups):
-                table = file.read_row_group(number, use_threads=False)
-                for name in schema.names:
-                    column = table[name]
-                    if name not in may_be_null and _null_count(column):
-                        raise PartError(f"column {name} holds nulls")
-                yield table
-    except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise PartError(f"cannot be read as Parquet: {reason}") from error
+    for table in opened.tables():
+        for name in schema.names:
+            if name not in may_be_null and _null_count(table[name]):
+                raise PartError(f"column {name} holds nulls")
+        yield table
 
 
 def _null_count(column: pa.ChunkedArray) -> int:
@@ -123,34 +71,23 @@ def _null_count(column: pa.ChunkedArray) -> int:
     return int(column.null_count + (column.combine_chunks().flatten().null_count if nested else 0))
 
 
-def _schema_difference(found: pa.Schema, wanted: pa.Schema) -> str:
-    if found.names != wanted.names:
-        return f"columns {', '.join(found.names)}; dataset.json asks {', '.join(wanted.names)}"
-    names = [n for n in wanted.names if found.field(n) != wanted.field(n)]
-    return "; ".join(
-        f"column {n} is {found.field(n).type}, dataset.json asks {wanted.field(n).type}"
-        for n in names
-    )
-
-
-def row_problems(local: Path, part: PartFile, dataset: Dataset, seen: Seen) -> list[str]:
+def row_problems(opened: OpenPart, layout: Layout, seen: Seen) -> list[str]:
     """Reads a part of the embeddings: adds its rows to `seen`, tells what is wrong within them.
 
     Raises:
-        PartError: see `row_groups`.
+        PartError: see `checked_tables`.
     """
-    settings = dataset.settings
-    carry = tuple(settings["carry"])
-    schema = embedding_schema(dataset.features, settings["embedding_dtype"], carry)
+    schema = layout.schema
     bad: dict[str, set[int]] = defaultdict(set)  # what is wrong -> with which samples
-    for table in row_groups(local, schema, part.rows):
+    for table in checked_tables(opened, schema):
         index = table["sample_index"].to_numpy()
         seen.index.append(index)
         seen.tile.append(table["tile_index"].to_numpy())
         seen.count.append(table["tile_count"].to_numpy())
-        for name in ("tile_box", *dataset.features):
+        for name in ("tile_box", *layout.features):
             values = feature_values(table[name], schema.field(name).type.list_size)
-            finite = np.isfinite(values).all(axis=1)
+            # Row by row: a mask of all of them would be half as large as they are.
+            finite = np.array([bool(np.isfinite(row).all()) for row in values])
             bad[f"a value of {name} is not finite"].update(index[~finite].tolist())
         starts = run_starts(index)
         # for each row, the first of its run
@@ -169,15 +106,15 @@ def row_problems(local: Path, part: PartFile, dataset: Dataset, seen: Seen) -> l
     return [f"{what}: {named(samples)}" for what, samples in bad.items() if samples]
 
 
-def reject_problems(local: Path, part: PartFile, seen: Seen) -> list[str]:
+def reject_problems(opened: OpenPart, seen: Seen) -> list[str]:
     """Reads the rejects: adds them to `seen`, tells what is wrong within them.
 
     Raises:
-        PartError: see `row_groups`.
+        PartError: see `checked_tables`.
     """
     problems = []
     last = -1
-    for table in row_groups(local, REJECT_SCHEMA, part.rows):
+    for table in checked_tables(opened, REJECT_SCHEMA):
         for row in table.to_pylist():
             index = row["sample_index"]
             if index <= last:

@@ -8,7 +8,7 @@ from pipeline.audit_parts import Rejected, Seen
 from pipeline.commits import Commit, Dataset
 from pipeline.records import Shard
 from pipeline.samples import ReadSettings, read_groups
-from pipeline.storage import Storage, redact
+from pipeline.storage import Storage, StorageError, redact
 
 
 def source_problems(
@@ -19,7 +19,7 @@ def source_problems(
         info = storage.info(source.url)
     except FileNotFoundError:
         return [f"the source {redact(source.url)} is not there"]
-    except OSError as error:
+    except (OSError, StorageError) as error:
         return [f"the source {redact(source.url)} cannot be read: {error}"]
     problems = []
     before = commit.source

@@ -41,10 +41,19 @@ from pipeline.tiling import PictureError, TilePlan, Tiling, cut_tiles, picture_s
 
 logger = logging.getLogger(__name__)
 
+# Of the features of a chunk. A replica holds them twice for a moment, and a few chunks wait between
+# the stages: on a CPU in a buffer of 256 MiB. A picture that has more is a chunk of its own.
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 128 << 20}
+
+
+def chunk_tiles(most: int, tile_bytes: int, device: str) -> int:
+    """Tiles of a chunk: `most`, or as many as have CHUNK_BYTES of features together."""
+    return max(1, min(most, CHUNK_BYTES[device] // tile_bytes))
+
 
 @dataclass(frozen=True)
 class TileSettings:
-    """deadline_seconds: longest time one picture may take to decode and cut."""
+    """deadline_seconds: most processor time one picture may take to decode and cut."""
 
     tiling: Tiling
     carry: tuple[str, ...]

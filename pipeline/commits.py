@@ -13,11 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from model.errors import UserError
 from pipeline.printable import printable
-from pipeline.records import SCHEMA_VERSION
+from pipeline.records import SCHEMA_VERSION, Shape
 from pipeline.storage import TEMPORARY, Storage, explained, join, redact
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,7 @@ COMMITS = "commits"
 SIDE_BY_SIDE = 16  # requests for single objects
 READ_AHEAD = 1000  # commits in memory at once
 R = TypeVar("R", bound="Record")
+Format = Literal["parquet", "webdataset", "npy"]
 
 
 class Record(BaseModel):
@@ -43,23 +44,37 @@ class Record(BaseModel):
         try:
             return cls.model_validate_json(data)
         except ValidationError as error:
-            raise _refused(error, url) from error
+            raise refused(error, url) from error
 
 
-def _refused(error: ValidationError, url: str, *place: str) -> UserError:
+def refused(error: ValidationError, url: str, *place: str) -> UserError:
     """The first thing that is wrong, without the value: a stranger may have written it."""
     first = error.errors(include_input=False)[0]
     where = ".".join([*place, *map(str, first["loc"])])[:100] or "the document"
     return UserError(printable(f"{redact(url)}: {where}: {first['msg']}"))
 
 
-class PartFile(Record):
-    """One published object, by its path below OUTPUT."""
+class PublishedObject(Record):
+    """One object, by its path below OUTPUT."""
 
     path: str
     bytes: int
     sha256: str
+
+
+class PartFile(PublishedObject):
+    """A run of a shard's rows: an object, and with `npy` those `beside` it that hold the rest."""
+
     rows: int
+    beside: tuple[PublishedObject, ...] = Field((), exclude_if=lambda beside: not beside)
+
+    @property
+    def objects(self) -> tuple[PublishedObject, ...]:
+        return (self, *self.beside)
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(part.bytes for part in self.objects)
 
 
 class Source(Record):
@@ -134,6 +149,7 @@ class NeededSettings(BaseModel):
     """What readers of OUTPUT take from its settings: there, and of the right type."""
 
     tiling: str
+    format: Format = "parquet"
     embedding_dtype: Literal["float16", "float32"]
     image_key: list[str]
     carry: list[str]
@@ -149,7 +165,7 @@ class Dataset(Record):
     revision: str | None
     weights_digest: str
     settings: dict[str, Any]
-    features: dict[str, int]
+    features: dict[str, Shape]
 
     @staticmethod
     def describe(
@@ -157,7 +173,7 @@ class Dataset(Record):
         revision: str | None,
         weights_digest: str,
         settings: dict[str, Any],
-        features: dict[str, int],
+        features: dict[str, Shape],
         version: str,
     ) -> Dataset:
         """The fingerprint covers everything that decides a value or a column, not the paths."""
@@ -260,7 +276,7 @@ def read_dataset(output: str, storage: Storage) -> Dataset:
     try:
         NeededSettings.model_validate(dataset.settings)
     except ValidationError as error:
-        raise _refused(error, url, "settings") from error
+        raise refused(error, url, "settings") from error
     return dataset
 
 
@@ -292,14 +308,21 @@ def _shard_of(commit: str) -> str | None:
 
 def read_commits(output: str, shards: Sequence[str], storage: Storage) -> Iterator[Commit]:
     """The commits of these shards, in order, read side by side as they are asked for."""
-
-    def read(shard: str) -> Commit:
-        url = commit_url(output, shard)
-        commit = Commit.parse(storage.read(url), url)
-        if commit.shard != shard:
-            raise UserError(f"{redact(url)}: it is of another shard, {printable(commit.shard)}")
-        return commit
-
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
         for start in range(0, len(shards), READ_AHEAD):
-            yield from pool.map(read, shards[start : start + READ_AHEAD])
+            run = shards[start : start + READ_AHEAD]
+            yield from pool.map(lambda shard: read_commit(output, shard, storage), run)
+
+
+def read_commit(output: str, shard: str, storage: Storage) -> Commit:
+    """The commit of one shard.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UserError: it cannot be read, or is of another shard.
+    """
+    url = commit_url(output, shard)
+    commit = Commit.parse(storage.read(url), url)
+    if commit.shard != shard:
+        raise UserError(f"{redact(url)}: it is of another shard, {printable(commit.shard)}")
+    return commit

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, replace
 
 from pipeline.commits import Commit
 from pipeline.records import Shard
-from pipeline.storage import FileInfo
+from pipeline.replaced import mark_of
+from pipeline.respelled import respelled
+from pipeline.storage import FileInfo, redact
 
 CLASSES = ("new", "changed", "retry", "unchanged", "vanished")
 
@@ -44,8 +46,8 @@ class Totals:
 class Comparison:
     """What there is to do, and the sums of each class as the commits tell them.
 
-    `changed` and `retry` (shards that are as they were, but have rejects) carry the commit that
-    they replace. `vanished` are committed and not in INPUT.
+    `changed` and `retry` (shards that are as they were, but have rejects) carry the mark of the
+    commit that they replace. `vanished` are committed and not in INPUT.
     """
 
     new: list[Shard] = field(default_factory=list)
@@ -70,28 +72,39 @@ def compare(
 
     Args:
         infos: what the store says now of each shard; None where it has none.
-        commits: all of OUTPUT's; each is looked at once and not kept, but for those of shards
-            that are to be computed again.
+        commits: all of OUTPUT's; each is looked at once and not kept.
         fingerprint: of OUTPUT; a commit of another one is out of date.
         retry_rejects: try the rejects of unchanged shards again.
+
+    Raises:
+        UserError: a new shard's tar is committed under another name.
     """
     found = Comparison()
     waiting = {shard.name: shard for shard in shards}
+    by_url: dict[str, str] = {}
+    twice: list[tuple[str, str]] = []
     for commit in commits:
         shard = waiting.pop(commit.shard, None)
         # What INPUT names and the store has not is gone, too: it cannot be read again.
         if shard is None or (info := infos[shard.name]) is None:
             kind = "vanished"
             found.vanished.append(commit.shard)
+            by_url = by_url or {redact(shard.url): shard.name for shard in shards}
+            name = by_url.get(commit.source.url, commit.shard)
+            if name != commit.shard:
+                twice.append((commit.shard, name))
         elif commit.fingerprint != fingerprint or is_changed(commit, info):
             kind = "changed"
-            found.changed.append(replace(shard, before=commit.model_dump_json()))
+            found.changed.append(replace(shard, before=mark_of(commit)))
         elif retry_rejects and commit.rejects:
             kind = "retry"
-            found.retry.append(replace(shard, before=commit.model_dump_json()))
+            found.retry.append(replace(shard, before=mark_of(commit)))
         else:
             kind = "unchanged"
         found.totals[kind].add(commit)
+    for committed, name in twice:
+        if name in waiting:
+            raise respelled(waiting[name], committed)
     for name, shard in waiting.items():
         found.new.append(shard)
         found.totals["new"].add_new(infos[name])

@@ -36,7 +36,7 @@ from pipeline.ledger import CompleteShard, Ledger
 from pipeline.long_runs import DropBlockStats, QueueLimit
 from pipeline.ray_metrics import RaySink
 from pipeline.records import Part, Shard
-from pipeline.replica import Replica, ReplicaSettings, remember_deaths
+from pipeline.replica import Replica, ReplicaSettings, living_replicas, remember_deaths
 from pipeline.run_metrics import RunMetrics
 from pipeline.samples import ReadSettings
 from pipeline.stages import feed_stage, finalize_stage, read_stage, tile_stage, write_stage
@@ -145,6 +145,7 @@ class Flow:
             settings.tile_flop,
             settings.replica.dtype,
             peak_flops,
+            living_replicas,
         )
         self._rows: queue.Queue[Part | Exception | None] = queue.Queue(maxsize=1000)
         Interruption.stop = stop
@@ -290,8 +291,12 @@ def build_dataset(shards: Sequence[Shard], settings: FlowSettings) -> Dataset:
 
     smallest, largest = settings.replicas
     on_gpu = settings.replica.device == "cuda"
+    # Without num_cpus Ray Data books a CPU for each replica, and a pool does not grow while tiling
+    # holds them all.
     resources: dict[str, float] = (
-        {"num_gpus": settings.replica.tensor_parallel} if on_gpu else {"num_cpus": CPU_REPLICA_CPUS}
+        {"num_gpus": settings.replica.tensor_parallel, "num_cpus": 0}
+        if on_gpu
+        else {"num_cpus": CPU_REPLICA_CPUS}
     )
     deaths = remember_deaths()
     return (

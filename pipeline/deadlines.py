@@ -3,6 +3,9 @@
 The first comes between two Python instructions, so it cannot interrupt a decoder that hangs in one
 call. The second needs neither the interpreter nor its lock. It ends the process; Ray then repeats
 the group, and `pipeline.isolation` finds the picture.
+
+A picture becomes a reject by the time that it used, not by the time that it waited for a core: the
+processes that tile have the lowest priority, and on a busy machine they get a hundredth of one.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from pipeline.pictures import PictureError
@@ -27,7 +31,7 @@ def hard_seconds(deadline_seconds: float) -> float:
 
 @contextmanager
 def deadline(seconds: float) -> Iterator[None]:
-    """Ends a picture that takes too long, between two Python instructions.
+    """Ends a picture that takes more processor time, between two Python instructions.
 
     Raises:
         PictureError: code `deadline`.
@@ -36,15 +40,25 @@ def deadline(seconds: float) -> Iterator[None]:
     assert threading.current_thread() is threading.main_thread()
 
     def expire(signum: int, frame: FrameType | None) -> None:
-        raise PictureError("decode", "deadline", f"took longer than {seconds:g} s")
+        raise PictureError("decode", "deadline", f"took more than {seconds:g} s of processor time")
 
-    before = signal.signal(signal.SIGALRM, expire)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGPROF, expire)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
+def seconds_without_core(pid: int) -> float:
+    """How long the main thread of a process was ready to run and had no core to run on.
+
+    The kernel says it in `/proc/PID/schedstat` (Documentation/scheduler/sched-stats.rst); 0 where
+    it was built without.
+    """
+    schedstat = Path(f"/proc/{pid}/schedstat")
+    return int(schedstat.read_text().split()[1]) / 1e9 if schedstat.exists() else 0.0
 
 
 class HardLimit:

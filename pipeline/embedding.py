@@ -16,139 +16,197 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.chunks import Chunk
-from pipeline.commits import RUNS
+from pipeline.commits import RUNS, Format
+from pipeline.layout import Layout
 from pipeline.records import (
     Head,
     Part,
     Reject,
     Row,
     Seconds,
-    embedding_schema,
+    Shape,
     from_ipc,
+    num_values,
     one_row,
     rejects_table,
     to_ipc,
+    to_ipc_buffer,
 )
 from pipeline.storage import Storage, join
+from pipeline.vectors import feature_values, vectors
 
-Encode = Callable[[npt.NDArray[np.uint8]], Mapping[str, npt.NDArray[np.float32]]]
+Encode = Callable[[npt.NDArray[np.uint8]], Mapping[str, npt.NDArray[Any]]]
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """A chunk's rows with their features in float32, and all its rejects.
+    """A chunk's rows in their final type, and all its rejects, as the bytes of its part file.
 
-    `reused` of the rows were not computed.
+    An Arrow stream; the rejects ride along in its schema. `reused` of the rows were not computed.
     """
 
     head: Head
-    rows: pa.Table
-    rejects: pa.Table
+    file: npt.NDArray[np.uint8]
     reused: int = 0
 
+    @staticmethod
+    def of(head: Head, rows: pa.Table, rejects: pa.Table, reused: int) -> Embedded:
+        whole = rows.replace_schema_metadata({"rejects": to_ipc(rejects)})
+        return Embedded(head, np.frombuffer(to_ipc_buffer(whole), np.uint8), reused)
+
+    @property
+    def rows(self) -> pa.Table:
+        """Not a copy."""
+        return from_ipc(self.file).replace_schema_metadata(None)
+
+    @property
+    def rejects(self) -> pa.Table:
+        return from_ipc(from_ipc(self.file).schema.metadata[b"rejects"])
+
     def dump(self) -> Row:
-        return one_row(
-            head=self.head.dump(),
-            rows=to_ipc(self.rows),
-            rejects=to_ipc(self.rejects),
-            reused=np.array(self.reused),
-        )
+        # An array, not bytes: those would be copied four times more on their way.
+        return one_row(head=self.head.dump(), file=self.file, reused=np.array(self.reused))
 
     @staticmethod
     def load(row: Row) -> Embedded:
-        return Embedded(
-            Head.load(row["head"][0]),
-            from_ipc(row["rows"][0]),
-            from_ipc(row["rejects"][0]),
-            int(row["reused"][0]),
-        )
+        return Embedded(Head.load(row["head"][0]), row["file"][0], int(row["reused"][0]))
 
 
 @dataclass(frozen=True)
 class PartSettings:
-    """Where part files go and what their columns are. `features` gives each one's width D."""
+    """Where part files go, what their columns are, and the format they will be published in.
+
+    `features` gives what each one is of a tile: D values, or tokens x D.
+    """
 
     storage: Storage
     output: str
     run: str
-    features: Mapping[str, int]
+    features: Mapping[str, Shape]
     embedding_dtype: str
     carry: tuple[str, ...]
+    format: Format = "parquet"
 
     @property
     def folder(self) -> str:
         return join(self.output, RUNS, self.run, "parts")
 
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.format, self.features, self.embedding_dtype, self.carry)
+
 
 def embed_chunk(chunk: Chunk, encode: Encode, settings: PartSettings) -> Embedded:
-    """Runs the encoder over a chunk. A picture with a value that is not finite becomes a reject."""
+    """Runs the encoder over a chunk, and takes the embeddings to their final type.
+
+    A picture with a value that is not finite becomes a reject (`embed`, `non-finite`), and so does
+    one with a value that the type cannot hold (`write`, `overflow`).
+    """
     began = time.perf_counter()
     computed = encode(chunk.tiles) if len(chunk.tiles) else {}
-    rows, finite = _with_features(chunk, computed, settings)
-    kept, dropped = _without(
+    rows, finite, fitting = _with_features(chunk, computed, settings)
+    kept, infinite = _without(
         rows, ~finite, "embed", "non-finite", "the model gave a value that is not finite"
     )
-    seconds = chunk.head.seconds + Seconds(embed=time.perf_counter() - began)
-    return Embedded(
-        replace(chunk.head, seconds=seconds),
-        kept,
-        pa.concat_tables([chunk.rejects, dropped]),
-        0 if chunk.known is None else chunk.known.num_rows,
+    if not finite.all():
+        fitting = fitting[np.isin(rows["sample_index"].to_numpy(), kept["sample_index"].to_numpy())]
+    kept, too_large = _without(
+        kept, ~fitting, "write", "overflow", f"a value does not fit {settings.embedding_dtype}"
     )
+    rejects = pa.concat_tables([chunk.rejects, infinite, too_large])
+    seconds = chunk.head.seconds + Seconds(embed=time.perf_counter() - began)
+    head = replace(chunk.head, seconds=seconds)
+    return Embedded.of(head, kept, rejects, _num_known(chunk))
 
 
 def reject_chunk(chunk: Chunk, settings: PartSettings, message: str) -> Embedded:
     """Gives a chunk up: each picture that was to be computed becomes a reject (stage `embed`,
     `replica-died`)."""
-    values = {name: np.full((len(chunk.tiles), w), np.nan) for name, w in settings.features.items()}
-    rows, known = _with_features(chunk, values, settings)
-    kept, dropped = _without(rows, ~known, "embed", "replica-died", message)
-    reused = 0 if chunk.known is None else chunk.known.num_rows
-    return Embedded(chunk.head, kept, pa.concat_tables([chunk.rejects, dropped]), reused)
+    nothing = {
+        name: np.zeros((len(chunk.tiles), num_values(shape)), settings.embedding_dtype)
+        for name, shape in settings.features.items()
+    }
+    rows, _, _ = _with_features(chunk, nothing, settings)
+    computed = np.ones(rows.num_rows, dtype=bool)
+    if chunk.known is not None:
+        computed[chunk.known["row"].to_numpy()] = False
+    kept, dropped = _without(rows, computed, "embed", "replica-died", message)
+    rejects = pa.concat_tables([chunk.rejects, dropped])
+    return Embedded.of(chunk.head, kept, rejects, _num_known(chunk))
+
+
+def _num_known(chunk: Chunk) -> int:
+    return 0 if chunk.known is None else chunk.known.num_rows
 
 
 def _with_features(
     chunk: Chunk, computed: Mapping[str, npt.NDArray[Any]], settings: PartSettings
-) -> tuple[pa.Table, npt.NDArray[np.bool_]]:
-    """All rows with what was computed for their tiles [n, D] or was known; which are finite."""
+) -> tuple[pa.Table, npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """All rows with what was computed for their tiles [n, ...] or was known, in their final type;
+    which of them the model gave finite values, and which have only values that the type holds."""
     num_rows = chunk.rows.num_rows
-    known = np.zeros(num_rows, dtype=bool)
+    finite, fitting = np.ones(num_rows, dtype=bool), np.ones(num_rows, dtype=bool)
+    new = np.ones(num_rows, dtype=bool)
     if chunk.known is not None:
-        known[chunk.known["row"].to_numpy()] = True
-    finite = np.ones(num_rows, dtype=bool)
+        new[chunk.known["row"].to_numpy()] = False
     rows = chunk.rows
-    for name, width in settings.features.items():
-        values = np.empty((num_rows, width), np.float32)
-        if chunk.known is not None:
-            values[known] = feature_values(chunk.known[name], width)
+    for name, shape in settings.features.items():
+        width = num_values(shape)
+        values = np.empty((0, width), settings.embedding_dtype)
         if len(chunk.tiles):
-            assert computed[name].shape == (len(chunk.tiles), width), (name, computed[name].shape)
-            values[~known] = computed[name]
-        finite &= np.isfinite(values).all(axis=1)
-        rows = rows.append_column(name, _vectors(values))
-    schema = embedding_schema(settings.features, "float32", settings.carry)
-    return rows.select(schema.names).cast(schema), finite
+            given = computed[name].reshape(len(chunk.tiles), -1)
+            assert given.shape[1] == width, (name, computed[name].shape)
+            values, is_finite, is_fitting = narrow(given, settings.embedding_dtype)
+            finite[new] &= is_finite
+            fitting[new] &= is_fitting
+        if chunk.known is not None:
+            values = _among(values, new, feature_values(chunk.known[name], width))
+        rows = rows.append_column(name, vectors(values))
+    schema = settings.layout.schema
+    return rows.select(schema.names).cast(schema), finite, fitting
+
+
+def _among(
+    computed: npt.NDArray[Any], new: npt.NDArray[np.bool_], known: npt.NDArray[Any]
+) -> npt.NDArray[Any]:
+    values = np.empty((len(new), known.shape[1]), computed.dtype)
+    values[new], values[~new] = computed, known
+    return values
+
+
+def narrow(
+    values: npt.NDArray[Any], embedding_dtype: str
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """[n, D] in the final type; which rows are finite, and which have only values that it holds.
+
+    Of values that come in float16 already, a NaN stands for what the model gave that was not
+    finite, an infinity for what does not fit (`Encoder.encode`).
+    """
+    with np.errstate(over="ignore"):
+        narrowed = values.astype(embedding_dtype, copy=False)
+    # Row by row: a mask of all of them would be half as large as they are.
+    fitting = np.array([bool(np.isfinite(row).all()) for row in narrowed], bool)
+    finite = fitting.copy()
+    for at in np.flatnonzero(~fitting):
+        if values.dtype == np.float16:
+            finite[at] = not np.isnan(values[at]).any()
+        else:
+            finite[at] = np.isfinite(values[at]).all()
+    return narrowed, finite, fitting
 
 
 def write_part(embedded: Embedded, settings: PartSettings) -> Part:
-    """Writes the embeddings in their final type, as an Arrow file of this run.
+    """Writes an embedded chunk as an Arrow file of this run.
 
-    A picture with a value that the type cannot hold becomes a reject (`write`, `overflow`). A
-    storage that fails for good is told in the part's `failure`: it ends the shard, not the job.
+    A storage that fails for good is told in the part's `failure`: it ends the shard, not the job.
     """
     began = time.perf_counter()
-    rows, overflow = _narrow(embedded.rows, settings)
-    kept, dropped = _without(
-        rows, overflow, "write", "overflow", f"a value does not fit {settings.embedding_dtype}"
-    )
-    rejects = pa.concat_tables([embedded.rejects, dropped])
+    kept, rejects = embedded.rows, embedded.rejects
     head = embedded.head
     file = part_file(head)
-    # One file, one request: the rejects ride along in the schema.
-    data = to_ipc(kept.replace_schema_metadata({"rejects": to_ipc(rejects)}))
     failure = None
     try:
-        settings.storage.publish_bytes(join(settings.folder, file), data)
+        settings.storage.publish_bytes(join(settings.folder, file), embedded.file.data)
     except OSError as error:
         failure = f"{type(error).__name__}: {error}"
     seconds = head.seconds + Seconds(write=time.perf_counter() - began)
@@ -159,9 +217,9 @@ def write_part(embedded: Embedded, settings: PartSettings) -> Part:
         samples=len(pc.unique(kept["sample_index"])) + rejects.num_rows,
         tiles=kept.num_rows,
         rejects=dict(Counter(f"{stage}/{error}" for stage, error in codes)),
-        num_bytes=len(data),
+        num_bytes=len(embedded.file),
         failure=failure,
-        crc32=zlib.crc32(data),
+        crc32=zlib.crc32(embedded.file.data),
         reused=embedded.reused,
         tile_counts=_tile_counts(kept),
     )
@@ -182,18 +240,6 @@ def part_file(head: Head) -> str:
     return f"{part_folder(head.shard)}/{head.group:06d}-{head.chunk:06d}.arrow"
 
 
-def _narrow(rows: pa.Table, settings: PartSettings) -> tuple[pa.Table, npt.NDArray[np.bool_]]:
-    """The rows in their final type, and which of them it cannot hold."""
-    overflow = np.zeros(rows.num_rows, dtype=bool)
-    for name, width in settings.features.items():
-        with np.errstate(over="ignore"):
-            narrow = feature_values(rows[name], width).astype(settings.embedding_dtype)
-        overflow |= ~np.isfinite(narrow).all(axis=1)
-        rows = rows.set_column(rows.column_names.index(name), name, _vectors(narrow))
-    schema = embedding_schema(settings.features, settings.embedding_dtype, settings.carry)
-    return rows.cast(schema), overflow
-
-
 def read_part(part: Part, settings: PartSettings) -> tuple[pa.Table, pa.Table]:
     """The rows and the rejects of a part file.
 
@@ -203,18 +249,6 @@ def read_part(part: Part, settings: PartSettings) -> tuple[pa.Table, pa.Table]:
     table = from_ipc(settings.storage.read(join(settings.folder, part.file), part.crc32))
     rejects = from_ipc(table.schema.metadata[b"rejects"])
     return table.replace_schema_metadata(None), rejects
-
-
-def feature_values(column: pa.ChunkedArray, width: int) -> npt.NDArray[np.floating]:
-    """A feature's column as an array [n, D], without a copy where it is one piece."""
-    values = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    shaped: npt.NDArray[np.floating] = values.reshape(-1, width)
-    return shaped
-
-
-def _vectors(values: npt.NDArray[np.floating]) -> pa.FixedSizeListArray:
-    flat = pa.array(np.ascontiguousarray(values).reshape(-1))
-    return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
 
 
 def _without(

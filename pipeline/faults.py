@@ -4,26 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import re
+import sys
 from urllib.parse import urlsplit
-
-import aiohttp
-from botocore.exceptions import (
-    BotoCoreError,
-    CredentialRetrievalError,
-    NoAuthTokenError,
-    NoCredentialsError,
-    PartialCredentialsError,
-    SSOError,
-    TokenRetrievalError,
-)
-from botocore.parsers import ResponseParserError
 
 from pipeline.printable import printable
 from pipeline.s3 import REFUSED_CREDENTIALS, ObjectChangedError, RangeIgnoredError, error_code
 
-NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, NoAuthTokenError)
-NO_CREDENTIALS_NOW = (CredentialRetrievalError, TokenRetrievalError, SSOError)
-PERMANENT = (
+Errors = tuple[type[BaseException], ...]
+PERMANENT: Errors = (
     FileNotFoundError,
     PermissionError,
     IsADirectoryError,
@@ -32,12 +20,45 @@ PERMANENT = (
     ObjectChangedError,
     RangeIgnoredError,
 )
-TRANSIENT = (OSError, TimeoutError, aiohttp.ClientError, BotoCoreError, ResponseParserError)
 QUOTED_URL = re.compile(r"\w+://[^\s'\"]+")
 
 
 class CredentialsError(PermissionError):
     """The store refuses the credentials themselves: no object can be had until they are renewed."""
+
+
+def _loaded(module: str, *names: str) -> Errors:
+    """Errors of a client of a storage; none where it is not loaded, as nobody can have raised one.
+    Loading botocore and aiohttp takes a quarter of a second: half of a local command's start."""
+    found = sys.modules.get(module)
+    return tuple(getattr(found, name) for name in names if hasattr(found, name))
+
+
+def transient() -> Errors:
+    """What may pass."""
+    return (
+        OSError,
+        TimeoutError,
+        *_loaded("aiohttp", "ClientError"),
+        *botocore_errors(),
+        *_loaded("botocore.parsers", "ResponseParserError"),
+    )
+
+
+def botocore_errors() -> Errors:
+    return _loaded("botocore.exceptions", "BotoCoreError")
+
+
+def no_credentials() -> Errors:
+    """There are none."""
+    names = ("NoCredentialsError", "PartialCredentialsError", "NoAuthTokenError")
+    return _loaded("botocore.exceptions", *names)
+
+
+def no_credentials_now() -> Errors:
+    """They cannot be had at present."""
+    names = ("CredentialRetrievalError", "TokenRetrievalError", "SSOError")
+    return _loaded("botocore.exceptions", *names)
 
 
 def redact(url: str) -> str:
@@ -63,7 +84,7 @@ def _redact_link(url: str) -> str:
 def true_fault(error: BaseException) -> BaseException:
     """fsspec's http says "not found" for whatever it met while it asked for a size."""
     cause = error.__cause__
-    if isinstance(error, FileNotFoundError) and isinstance(cause, TRANSIENT):
+    if isinstance(error, FileNotFoundError) and isinstance(cause, transient()):
         return cause
     return error
 
@@ -73,12 +94,13 @@ def refusal_of_credentials(fault: BaseException) -> str | None:
     code = error_code(fault)
     if code in REFUSED_CREDENTIALS:
         return f"{code}: {words(fault)}"
-    return words(fault) if isinstance(fault, NO_CREDENTIALS) else None
+    return words(fault) if isinstance(fault, no_credentials()) else None
 
 
 def raise_if_permanent(fault: BaseException, url: str) -> None:
     """Raises what trying again cannot mend, in words without the secret parts of the URL."""
-    status = fault.status if isinstance(fault, aiohttp.ClientResponseError) else None
+    is_answer = isinstance(fault, _loaded("aiohttp", "ClientResponseError"))
+    status = fault.status if is_answer else None  # type: ignore[attr-defined]
     if isinstance(fault, FileNotFoundError) or status in (404, 410):
         raise FileNotFoundError(f"{redact(url)} is not there") from fault
     if status in (401, 403):

@@ -8,7 +8,6 @@ must have the same boundaries at every attempt, and those follow from the header
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import os
@@ -17,6 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -25,7 +25,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.deadlines import deadline, hard_seconds
+from model.child import job_of_child, start_child
+from pipeline.deadlines import deadline, hard_seconds, seconds_without_core
 from pipeline.pictures import PictureError
 from pipeline.tiling import TilePlan, Tiling, cut_tiles, picture_size, plan_tiles
 
@@ -38,7 +39,6 @@ CHILD = "pipeline.isolation"  # tests put one there whose decoder is broken
 MAX_DEATHS = 3  # somebody else may have killed the child, so one is no proof
 MAX_DECODE_BYTES = 6 << 30  # twice what the largest of the worst kind, a WebP, takes
 START_SECONDS = 120.0
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class ChildDiedError(Exception):
@@ -54,13 +54,7 @@ class IsolatedDecoder:
 
     def __init__(self, tiling: Tiling, deadline_seconds: float) -> None:
         self._deadline_seconds = deadline_seconds
-        self._job = json.dumps(
-            {
-                "parent": os.getpid(),
-                "tiling": asdict(tiling),
-                "deadline_seconds": deadline_seconds,
-            }
-        )
+        self._job = {"tiling": asdict(tiling), "deadline_seconds": deadline_seconds}
         self._child: subprocess.Popen[bytes] | None = None
         self._expired = False
 
@@ -106,12 +100,12 @@ class IsolatedDecoder:
 
     def _start(self) -> None:
         try:
-            self._child = subprocess.Popen(  # noqa: S603 this interpreter and our own module
-                # -P: whatever lies in the current folder is not ours
-                [sys.executable, "-P", "-m", CHILD, self._job],
+            self._child = start_child(
+                CHILD,
+                self._job,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                process_group=0,  # Ctrl-C on a terminal is for the parent, which ends it
             )
             self._exchange(None, b"", START_SECONDS)  # says that it is ready
         except (OSError, ChildDiedError) as error:
@@ -126,8 +120,11 @@ class IsolatedDecoder:
         assert child.stdin is not None
         assert child.stdout is not None
         self._expired = False
-        timer = threading.Timer(seconds, self._expire)
-        timer.start()
+        answered = threading.Event()
+        watch = threading.Thread(
+            target=self._watch, args=(child.pid, seconds, answered), name="watch-decoder"
+        )
+        watch.start()
         try:
             if request is not None:
                 send(child.stdin, request, data)
@@ -135,16 +132,22 @@ class IsolatedDecoder:
         except BrokenPipeError:
             answer = None
         finally:
-            timer.cancel()
-            timer.join()
+            answered.set()
+            watch.join()
         if answer is None:
             raise ChildDiedError(_how_it_ended(child))
         return answer
 
-    def _expire(self) -> None:
-        assert self._child is not None
-        self._expired = True
-        self._child.kill()
+    def _watch(self, pid: int, seconds: float, answered: threading.Event) -> None:
+        """Kills the child where it has not answered in so many seconds that it could have run."""
+        began, waited = time.monotonic(), seconds_without_core(pid)
+        rest = seconds
+        while not answered.wait(rest):
+            rest = seconds - (time.monotonic() - began) + seconds_without_core(pid) - waited
+            if rest <= 0:
+                self._expired = True
+                os.kill(pid, signal.SIGKILL)  # not reaped before this thread has ended
+                return
 
 
 def send(sink: IO[bytes], head: dict[str, Any], payload: bytes) -> None:
@@ -171,11 +174,7 @@ def _how_it_ended(child: subprocess.Popen[bytes]) -> str:
 
 def main() -> None:
     """The child. Ends when its stdin does."""
-    job = json.loads(sys.argv[1])
-    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != job["parent"]:
-        return  # it died before the call above
+    job = job_of_child()
     Path("/proc/self/oom_score_adj").write_text("1000")  # of all processes this one can be spared
     source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # nothing that a library prints gets between the answers

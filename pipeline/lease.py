@@ -87,6 +87,11 @@ class Lease:
         """Of the leases of OUTPUT; see `refuse_if_lost`."""
         return self._number
 
+    @property
+    def run(self) -> str:
+        """Who holds it."""
+        return self._holder.run
+
     def check(self) -> None:
         """Raises LeaseLostError where the loss is known already. Asks no storage."""
         if self._lost is not None:
@@ -115,7 +120,8 @@ class Lease:
             names = [
                 name for name in self._storage.iter_files(runs, depth=1) if self._is_over(name)
             ]
-            self._storage.remove(*(join(runs, name) for name in [*names, _mark(self._holder.run)]))
+            mark = mark_url(self._output, self._holder.run)
+            self._storage.remove(*(join(runs, name) for name in names), mark)
             self._storage.remove_empty(runs)
         except OSError as error:
             logger.warning(
@@ -157,8 +163,7 @@ class Lease:
             self._renewed = began
 
     def _is_marked(self) -> bool:
-        url = join(self._output, RUNS, _mark(self._holder.run))
-        return self._storage.exists(url)
+        return self._storage.exists(mark_url(self._output, self._holder.run))
 
 
 @contextmanager
@@ -223,15 +228,16 @@ def acquire(
         watched = None  # somebody else was faster: that one is looked at now
 
 
-def refuse_if_lost(output: str, number: int, storage: Storage) -> None:
-    """For the tasks of a run, which have its number alone: to be called right before a commit.
+def refuse_if_lost(output: str, number: int, run: str, storage: Storage) -> None:
+    """For the tasks of a run, which have its number and name alone: to be called right before a
+    commit. The number alone is not enough: a third run has it again, after the second has ended.
 
     Raises:
         LeaseLostError: another run has taken OUTPUT over, or has come and ended.
     """
     if storage.exists(lease_url(output, number + 1)):
         raise LeaseLostError(f"{redact(output)}: another run has taken it over")
-    if not storage.exists(lease_url(output, number)):
+    if not storage.exists(mark_url(output, run)):
         raise LeaseLostError(f"{redact(output)}: this run's lease is gone")
 
 
@@ -239,8 +245,8 @@ def lease_url(output: str, number: int) -> str:
     return join(output, RUNS, f"lease-{number:09d}.json")
 
 
-def _mark(run: str) -> str:
-    return f"{MARK}{run}"
+def mark_url(output: str, run: str) -> str:
+    return join(output, RUNS, f"{MARK}{run}")
 
 
 def _mark_as_held(output: str, run: str, storage: Storage) -> None:
@@ -248,7 +254,7 @@ def _mark_as_held(output: str, run: str, storage: Storage) -> None:
     runs = join(output, RUNS)
     marks = [name for name in storage.iter_files(runs, depth=1) if name.startswith(MARK)]
     storage.remove(*(join(runs, name) for name in marks))
-    storage.publish_bytes(join(runs, _mark(run)), b"")
+    storage.publish_bytes(mark_url(output, run), b"")
 
 
 def _take(output: str, number: int, holder: Holder, storage: Storage) -> bool:

@@ -52,7 +52,7 @@ DEATHS = Metric(
     "Workers (stage tile) and replicas (stage embed) that died at work; others took it up.",
     ("stage",),
 )
-REPLICAS = Metric("gauge", "tessera_replicas", "Replicas that gave something in the last minutes.")
+REPLICAS = Metric("gauge", "tessera_replicas", "Replicas that gave something and are still there.")
 REPLICA_TILES = Metric(
     "counter", "tessera_replica_tiles", "Tiles that a replica computed.", ("node", "replica")
 )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pipeline.records import Compute
 
 WINDOW_SECONDS = 120.0  # a few chunks of the slowest GPUs
+SILENCE_SECONDS = 10.0  # at least: short chunks come in bursts, as they are written
 
 
 class Pace:
@@ -41,7 +42,8 @@ class Step:
 class ReplicaPace:
     """How one replica spent its time over the window.
 
-    `compute` is how it computed last: `batch_tiles` may change while it lives.
+    `compute` is how it computed last: `batch_tiles` may change while it lives. The last chunk is
+    kept however old it is, for a replica that waits tells nothing of it.
     """
 
     def __init__(self, compute: Compute) -> None:
@@ -51,24 +53,30 @@ class ReplicaPace:
     def add(self, step: Step, compute: Compute) -> None:
         self.compute = compute
         self._steps.append(step)
-        while self._steps[0].moment < step.moment - WINDOW_SECONDS:
+
+    def forget(self, now: float) -> None:
+        """Drops what is older than the window."""
+        while len(self._steps) > 1 and self._steps[0].moment < now - WINDOW_SECONDS:
             self._steps.popleft()
 
-    def is_recent(self, now: float) -> bool:
-        return self._steps[-1].moment >= now - WINDOW_SECONDS
+    def silent_seconds(self, now: float) -> float:
+        """Since the last chunk; 0 as long as the next may still be computed."""
+        silence = now - self._steps[-1].moment
+        longest = max(step.busy_seconds for step in self._steps)
+        return silence if silence > max(2 * longest, SILENCE_SECONDS) else 0.0
 
-    def busy_share(self) -> float:
-        busy, starved = self._seconds()
+    def busy_share(self, now: float) -> float:
+        busy, starved = self._seconds(now)
         return busy / (busy + starved) if busy + starved else 0.0
 
-    def rate(self) -> float | None:
+    def rate(self, now: float) -> float | None:
         """Tiles/s, waiting included."""
-        busy, starved = self._seconds()
+        busy, starved = self._seconds(now)
         return self._tiles() / (busy + starved) if busy + starved else None
 
     def busy_rate(self) -> float | None:
         """Tiles/s while it computed."""
-        busy, _ = self._seconds()
+        busy = self._busy_seconds()
         return self._tiles() / busy if busy else None
 
     def batch_fill(self) -> float | None:
@@ -80,8 +88,10 @@ class ReplicaPace:
     def _tiles(self) -> int:
         return sum(step.tiles for step in self._steps)
 
-    def _seconds(self) -> tuple[float, float]:
-        return (
-            sum(step.busy_seconds for step in self._steps),
-            sum(step.starved_seconds for step in self._steps),
-        )
+    def _busy_seconds(self) -> float:
+        return sum(step.busy_seconds for step in self._steps)
+
+    def _seconds(self, now: float) -> tuple[float, float]:
+        """Busy and starved; a silence is starved, as the next chunk will tell."""
+        starved = sum(step.starved_seconds for step in self._steps)
+        return self._busy_seconds(), starved + self.silent_seconds(now)

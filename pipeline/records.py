@@ -54,12 +54,16 @@ TEXT_EXTENSIONS = frozenset({"txt", "text", "caption", "json", "url", "cls", "md
 
 Row = dict[str, npt.NDArray[Any]]
 
+# What a feature is of one tile: D values, or tokens x D of them.
+Shape = int | tuple[int, int]
+
 
 @dataclass(frozen=True)
 class Shard:
     """One input tar. `name` is its path below the input's folder, without `.tar`.
 
-    `before` is the commit, as JSON, that this shard's next one replaces; "" where there is none.
+    `before` marks the commit that this shard's next one replaces (pipeline/replaced.py); "" where
+    there is none.
     """
 
     url: str
@@ -214,8 +218,9 @@ class Part:
 
 def carried_field(name: str) -> pa.Field:
     """The column of a carried member: `txt`, or `json:url` for one field of a JSON member."""
-    extension = name.partition(":")[0]
-    return pa.field(name, pa.string() if extension in TEXT_EXTENSIONS else pa.binary())
+    extension, _, json_field = name.partition(":")
+    is_text = bool(json_field) or extension in TEXT_EXTENSIONS
+    return pa.field(name, pa.string() if is_text else pa.binary())
 
 
 def sample_schema(carry: tuple[str, ...]) -> pa.Schema:
@@ -227,12 +232,24 @@ def tile_schema(carry: tuple[str, ...]) -> pa.Schema:
     return pa.schema([*TILE_FIELDS, *map(carried_field, carry)])
 
 
+def num_values(shape: Shape) -> int:
+    """How many values a tile has of a feature."""
+    return shape if isinstance(shape, int) else shape[0] * shape[1]
+
+
+def shown_shape(shape: Shape) -> str:
+    """`[3200]`, or `[1025, 3200]`."""
+    return f"[{shape}]" if isinstance(shape, int) else f"[{shape[0]}, {shape[1]}]"
+
+
 def embedding_schema(
-    features: Mapping[str, int], embedding_dtype: str, carry: tuple[str, ...]
+    features: Mapping[str, Shape], embedding_dtype: str, carry: tuple[str, ...]
 ) -> pa.Schema:
-    """Rows of an output shard; `features` gives the width D of each feature."""
+    """Rows of an output shard. A feature of tokens is one flat list, token after token."""
     value = {"float16": pa.float16(), "float32": pa.float32()}[embedding_dtype]
-    columns = [pa.field(name, pa.list_(value, width)) for name, width in features.items()]
+    columns = [
+        pa.field(name, pa.list_(value, num_values(shape))) for name, shape in features.items()
+    ]
     return pa.schema([*TILE_FIELDS, *columns, *map(carried_field, carry)])
 
 
@@ -241,13 +258,18 @@ def rejects_table(rejects: list[Reject]) -> pa.Table:
 
 
 def to_ipc(table: pa.Table) -> bytes:
+    return bytes(to_ipc_buffer(table))
+
+
+def to_ipc_buffer(table: pa.Table) -> pa.Buffer:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
-    return bytes(sink.getvalue())
+    return sink.getvalue()
 
 
-def from_ipc(data: bytes) -> pa.Table:
+def from_ipc(data: bytes | npt.NDArray[np.uint8]) -> pa.Table:
+    """A table that lies in `data`; nothing is copied."""
     with pa.ipc.open_stream(pa.py_buffer(data)) as reader:
         return reader.read_all()
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import ray
+from ray._private.state import actors
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -86,6 +87,18 @@ def remember_deaths() -> ActorHandle:
     )
 
 
+def replica_name(actor_id: str, pid: int) -> str:
+    """With the process: one that starts again is the same actor to Ray."""
+    return f"{actor_id[:8]}-{pid}"
+
+
+def living_replicas() -> set[str]:
+    """Names of this job's actors that are alive, as its head knows them; needs no dashboard."""
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+    alive = actors(job_id=job, actor_state_name="ALIVE")
+    return {replica_name(actor_id, actor["Pid"]) for actor_id, actor in alive.items()}
+
+
 class Replica:
     """Ray Data calls it with one row, one chunk, at a time."""
 
@@ -112,6 +125,7 @@ class Replica:
             "device": settings.device,
             "layer": settings.layer,
             "features": tuple(settings.parts.features),
+            "embedding_dtype": settings.parts.embedding_dtype,
             "attention": settings.attention,
             "batch_tiles": settings.batch_tiles,
         }
@@ -129,8 +143,7 @@ class Replica:
             )
         self._device = "cpu" if settings.device == "cpu" else torch.cuda.get_device_name()
         context = ray.get_runtime_context()
-        # The process is part of the name: one that starts again is the same actor to Ray.
-        self._name = f"{context.get_actor_id()[:8]}-{os.getpid()}"
+        self._name = replica_name(context.get_actor_id(), os.getpid())
         self._node = ray.util.get_node_ip_address()
         self._idle_since = time.perf_counter()
 

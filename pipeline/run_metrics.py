@@ -20,6 +20,7 @@ from pipeline.records import Part, Seconds
 
 Series = tuple[Metric, tuple[tuple[str, str], ...]]
 PeakFlops = Callable[[str, str], float | None]
+Living = Callable[[], set[str]]
 FLUSH_SECONDS = 5.0  # Ray's agent collects every ten
 
 
@@ -31,6 +32,7 @@ class RunMetrics:
         tile_flop: work of one tile, for the share of a GPU's peak (None: not known).
         dtype: what replicas compute in.
         peak_flops: peak of a device in a dtype; None where it is not known.
+        living: names of the replicas that are there.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class RunMetrics:
         tile_flop: int | None,
         dtype: str,
         peak_flops: PeakFlops,
+        living: Living,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._sink = sink
@@ -47,6 +50,7 @@ class RunMetrics:
         self._tile_flop = tile_flop
         self._dtype = dtype
         self._peak_flops = peak_flops
+        self._living = living
         self._clock = clock
         self._began = self._flushed = clock()
         self._added: defaultdict[Series, float] = defaultdict(float)
@@ -79,7 +83,7 @@ class RunMetrics:
     def committed(self, commit: Commit) -> None:
         """A shard was committed. Its commit counts the seconds of the finalize task as writing."""
         files = [*commit.parts, *([commit.rejects_part] if commit.rejects_part else [])]
-        self._add(metrics.OUTPUT_BYTES, sum(file.bytes for file in files))
+        self._add(metrics.OUTPUT_BYTES, sum(file.total_bytes for file in files))
         before = self._write_seconds.pop(commit.shard)
         self._add_seconds(Seconds(write=commit.seconds.write - before))
         self._end("committed")
@@ -106,20 +110,29 @@ class RunMetrics:
         if self._ended:
             left = (now - self._began) / self._ended * pending
             self._sink.set(metrics.SECONDS_LEFT, left, {})
-        alive = {name: pace for name, pace in self._replicas.items() if pace.is_recent(now)}
-        self._sink.set(metrics.REPLICAS, len(alive), {})
-        for (node, replica), pace in alive.items():
+        self._drop_replicas_that_are_gone(now)
+        self._sink.set(metrics.REPLICAS, len(self._replicas), {})
+        for (node, replica), pace in self._replicas.items():
+            pace.forget(now)
             who = {"node": node, "replica": replica}
             for metric, share in (
-                (metrics.BUSY_SHARE, pace.busy_share()),
-                (metrics.STARVED_SHARE, 1 - pace.busy_share()),
-                (metrics.REPLICA_RATE, pace.rate()),
+                (metrics.BUSY_SHARE, pace.busy_share(now)),
+                (metrics.STARVED_SHARE, 1 - pace.busy_share(now)),
+                (metrics.REPLICA_RATE, pace.rate(now)),
                 (metrics.BATCH_FILL, pace.batch_fill()),
                 (metrics.CEILING_SHARE, self._ceiling_share(pace)),
             ):
                 if share is not None:
                     self._sink.set(metric, share, who)
-        self._replicas = alive
+
+    def _drop_replicas_that_are_gone(self, now: float) -> None:
+        """One that is silent waits, or has died, or left a pool that shrank: Ray knows."""
+        silent = [who for who, pace in self._replicas.items() if pace.silent_seconds(now)]
+        if silent:
+            living = self._living()
+            for who in silent:
+                if who[1] not in living:
+                    del self._replicas[who]
 
     def _add(self, metric: Metric, value: float, **tags: str) -> None:
         if value > 0:  # a counter takes nothing else

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-from botocore.exceptions import FlexibleChecksumError
 from fsspec.asyn import sync
 
 from pipeline.checksums import (
@@ -144,6 +143,8 @@ class Download:
             DamagedObjectError: it is not what the store's checksum says.
             ObjectChangedError: the object is not the version that was asked for.
         """
+        from botocore.exceptions import FlexibleChecksumError  # s3fs has loaded it
+
         came: list[bytes] = []  # of its own: a request that was given up may still add to it
         try:
             if not self._is_whole():

@@ -51,12 +51,17 @@ MAX_SAMPLE_BYTES = MAX_MEMBER_BYTES + MAX_CARRIED_BYTES
 
 @dataclass(frozen=True)
 class ReadSettings:
-    """image_key: extensions of the image member, the preferred first; carry: members to keep."""
+    """image_key: extensions of the image member, the preferred first; carry: members to keep.
+
+    replaced_samples: of a group, at most, where the shard replaces a committed one: the committed
+    rows of all its pictures may come to travel with it.
+    """
 
     storage: Storage
     image_key: tuple[str, ...]
     carry: tuple[str, ...] = ()
     accept_truncated: bool = False
+    replaced_samples: int | None = None
 
 
 @dataclass
@@ -95,9 +100,9 @@ class Group:
     rejects: list[Reject] = field(default_factory=list)
     num_bytes: int = 0
 
-    def is_full(self) -> bool:
+    def is_full(self, most_samples: int) -> bool:
         count = len(self.rows) + len(self.rejects)
-        return count >= GROUP_SAMPLES or self.num_bytes >= GROUP_BYTES
+        return count >= most_samples or self.num_bytes >= GROUP_BYTES
 
 
 @dataclass(frozen=True)
@@ -180,6 +185,7 @@ def read_groups(shard: Shard, settings: ReadSettings) -> Iterator[GroupRow]:
     """
     schema = sample_schema(settings.carry)
     wanted = frozenset(settings.image_key) | {name.partition(":")[0] for name in settings.carry}
+    most_samples = (settings.replaced_samples if shard.before else None) or GROUP_SAMPLES
     began = time.perf_counter()
     group = Group(0)
     size, etag, count = 0, None, 0
@@ -205,7 +211,7 @@ def read_groups(shard: Shard, settings: ReadSettings) -> Iterator[GroupRow]:
         info = settings.storage.info(shard.url)
         size, etag = info.size, info.etag
         for sample in read_samples(read_members(shard.url, settings.storage, info), wanted):
-            if group.is_full():
+            if group.is_full(most_samples):
                 yield row()
                 began = time.perf_counter()
                 group = Group(group.number + 1)

@@ -65,12 +65,23 @@ def probe_shards(shards: Sequence[Shard], storage: Storage) -> None:
 
 
 def _lines(entry: str) -> list[str]:
-    if not entry.startswith("@"):
-        return [entry]
+    return read_list(entry) if entry.startswith("@") else [entry]
+
+
+def read_list(entry: str) -> list[str]:
+    """The shards of `@list.txt`, one a line; `#` begins a comment.
+
+    Raises:
+        UserError: it cannot be read, or is no text in UTF-8.
+    """
     try:
-        text = Path(entry[1:]).read_text()
+        text = Path(entry[1:]).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{entry}: cannot read the list of shards: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{entry}: cannot read the list of shards: byte {error.start} is not UTF-8"
+        ) from error
     lines = [line.strip() for line in text.splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
 

@@ -18,12 +18,15 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.chunks import Decoder, DirectDecoder, TileSettings, failed_group, tile_group
-from pipeline.commits import Commit, commit_url
-from pipeline.embedding import Embedded, write_part
+from pipeline.commits import Commit, read_commit
+from pipeline.embedding import Embedded, part_folder, write_part
 from pipeline.isolation import IsolatedDecoder, IsolationError
 from pipeline.ledger import CompleteShard
+from pipeline.open_shards import commit_now
 from pipeline.records import Row, Shard, one_row
+from pipeline.replaced import mark_of, remove_older, replaced_meanwhile
 from pipeline.samples import GroupRow, ReadSettings, read_groups
+from pipeline.storage import join, redact
 from pipeline.takeover import committed_rows, with_known
 from pipeline.writers import FinalizeSettings, finalize_shard, remove_replaced
 
@@ -149,17 +152,36 @@ def release_freed_memory() -> None:
 
 
 def finalize_stage(shard: CompleteShard, settings: FinalizeSettings, replaced: str = "") -> bytes:
-    """One complete shard → its output and commit, in place of `replaced`; gives the commit."""
-    before = Commit.parse(replaced.encode(), shard.name) if replaced else None
+    """One complete shard → its output and commit, in place of the one marked `replaced`; gives the
+    commit.
+
+    Raises:
+        ReplacedMeanwhileError: another commit stands there.
+    """
+    before = None
+    if replaced:
+        before = read_commit(settings.parts.output, shard.name, settings.parts.storage)
+        if mark_of(before) != replaced:
+            # An earlier attempt of this very task may have committed, and died.
+            return _finish_earlier(before, shard, settings).dump()
     try:
         return finalize_shard(shard, settings, before).dump()
     except FileNotFoundError:
         # An earlier attempt of this very task may have committed, removed the parts, and died.
         parts = settings.parts
-        url = commit_url(parts.output, shard.name)
-        if parts.storage.exists(url):
-            commit = Commit.parse(parts.storage.read(url), url)
-            if commit != before:
-                remove_replaced(before, commit, parts)
-                return commit.dump()
-        raise
+        commit = commit_now(parts.output, shard.name, parts.storage)
+        if commit is None or commit == before:
+            raise
+        remove_replaced(before, commit, parts)
+        return commit.dump()
+
+
+def _finish_earlier(commit: Commit, shard: CompleteShard, settings: FinalizeSettings) -> Commit:
+    """What an earlier attempt left to do behind its commit of the shard as it was read now."""
+    source = (redact(shard.url), shard.end.size, shard.end.etag)
+    found = (commit.source.url, commit.source.size, commit.source.etag)
+    if (found, commit.fingerprint) != (source, settings.fingerprint):
+        raise replaced_meanwhile(shard.name)
+    remove_older(commit, settings.parts.layout, settings.parts.output, settings.parts.storage)
+    settings.parts.storage.remove(join(settings.parts.folder, part_folder(shard.name)))
+    return commit

@@ -8,17 +8,20 @@ where a shard's objects are not of one kind, or there are none, its commit is re
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from pipeline.commits import COMMITS, RUNS, SIDE_BY_SIDE, commit_url, read_commits
-from pipeline.generations import EMBEDDINGS, PUBLISHED, objects_of, owners, stem
+from pipeline.generations import EMBEDDINGS, PUBLISHED, objects_of, owners
+from pipeline.layout import Layout
 from pipeline.storage import TEMPORARY, Storage, join, redact
 
 logger = logging.getLogger(__name__)
 
 LISTINGS = 8  # runs of one folder that are listed side by side
+PARQUET = Layout("parquet", {}, "float16", ())
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,9 @@ class Stock:
     strays: list[str]
 
 
-def take_stock(output: str, shards: Sequence[str], storage: Storage) -> Stock:
+def take_stock(
+    output: str, shards: Sequence[str], storage: Storage, layout: Layout = PARQUET
+) -> Stock:
     """Lists OUTPUT. To be called by its only writer: what another is writing looks like a stray.
 
     Args:
@@ -50,27 +55,31 @@ def take_stock(output: str, shards: Sequence[str], storage: Storage) -> Stock:
     generations: dict[str, int] = {}
     cut: dict[str, bool] = {}
     mixed: set[str] = set()  # committed shards that have objects of two generations, or cut and not
+    embedded: Counter[str] = Counter()  # objects of each below `embeddings`
     listed = {folder: found.result() for folder, found in zip(PUBLISHED, published, strict=True)}
     for folder, names in listed.items():
         for name in names:
-            found = owners(name)
+            found = owners(f"{folder}/{name}", layout.format)
             mine = [owner for owner in found if owner.shard in committed]
             if TEMPORARY.search(name):
                 strays.append(f"{folder}/{name}")
             elif not mine:
                 doubtful[f"{folder}/{name}"] = [owner.shard for owner in found]
-            for shard, generation in mine:
+            for shard, generation, is_cut in mine:
                 if generations.setdefault(shard, generation) != generation:
                     mixed.add(shard)
                 if folder == EMBEDDINGS:
-                    is_cut = not name.startswith(stem(shard, generation) + ".parquet")
+                    embedded[shard] += 1
                     if cut.setdefault(shard, is_cut) != is_cut:
                         mixed.add(shard)
     missed = _missed_commits(output, doubtful, storage)
     strays += [name for name, shards in doubtful.items() if missed.isdisjoint(shards)]
     if mixed:
-        strays += _replaced(output, listed, committed, mixed, storage)
-    hollow = _without_objects(output, sorted(committed - cut.keys()), storage)
+        strays += _replaced(output, listed, committed, mixed, storage, layout)
+    # One array a feature and a table make a part, but for the arrays of no rows.
+    a_part = 1 if layout.format != "npy" else len(layout.features) + 1
+    odd = {shard for shard in committed if embedded[shard] == 0 or embedded[shard] % a_part}
+    hollow = _without_objects(output, sorted(odd), storage)
     return Stock((committed | missed) - hollow, sorted(strays))
 
 
@@ -86,6 +95,7 @@ def _replaced(
     committed: set[str],
     mixed: set[str],
     storage: Storage,
+    layout: Layout,
 ) -> list[str]:
     """The objects of these committed shards that their commits do not name."""
     named: set[str] = set()
@@ -94,9 +104,10 @@ def _replaced(
     replaced = []
     for folder, names in listed.items():
         for name in names:
-            mine = {owner.shard for owner in owners(name)} & committed
-            if mine and mine <= mixed and f"{folder}/{name}" not in named:
-                replaced.append(f"{folder}/{name}")
+            path = f"{folder}/{name}"
+            mine = {owner.shard for owner in owners(path, layout.format)} & committed
+            if mine and mine <= mixed and path not in named:
+                replaced.append(path)
     return replaced
 
 
@@ -105,7 +116,8 @@ def _without_objects(output: str, shards: Sequence[str], storage: Storage) -> se
     had removed what it took for a stray."""
     hollow = set()
     for commit in read_commits(output, shards, storage):
-        gone = [p.path for p in commit.parts if not storage.exists(join(output, p.path))]
+        paths = [published.path for part in commit.parts for published in part.objects]
+        gone = [path for path in paths if not storage.exists(join(output, path))]
         if gone or not commit.parts:
             hollow.add(commit.shard)
             logger.warning(

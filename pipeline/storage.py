@@ -1,17 +1,16 @@
 """Every byte that comes from or goes to a storage passes through here.
 
-Each request has a deadline and is tried again with growing, jittered pauses when the fault can
-pass; what cannot pass (not found, forbidden) is raised at once. Objects appear whole or not at all:
-object stores put them so, local files are written beside, fsynced and renamed.
+Each request is tried again when the fault can pass, and has a deadline (`retries.py`); on local
+paths, mounts included, none: what blocks in the kernel ends by the mount's own timeouts. Objects
+appear whole or not at all: object stores put them so, local files are written beside, fsynced and
+renamed.
 """
 
 from __future__ import annotations
 
-import logging
 import os
-import random
 import re
-import time
+import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,43 +19,30 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import fsspec
-from botocore.exceptions import BotoCoreError
-from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
 from model.errors import UserError
 from pipeline import checksums, s3
 from pipeline.checksums import Checksum, DamagedObjectError
-from pipeline.faults import (
-    NO_CREDENTIALS,
-    NO_CREDENTIALS_NOW,
-    PERMANENT,
-    TRANSIENT,
-    is_out_of_space,
-    raise_if_permanent,
-    refusal_of_credentials,
-    true_fault,
-    words,
-)
 from pipeline.faults import CredentialsError as CredentialsError
+from pipeline.faults import botocore_errors, no_credentials, words
 from pipeline.faults import redact as redact
-from pipeline.local_files import BLOCK_BYTES, create_local, files_below, publish_local
+from pipeline.local_files import (
+    BLOCK_BYTES,
+    create_local,
+    files_below,
+    nameless,
+    publish_local,
+)
+from pipeline.retries import SLOWEST_BYTES_PER_SECOND, retried
 from pipeline.s3 import ObjectChangedError as ObjectChangedError
 from pipeline.s3_listing import list_entries, list_objects, list_side_by_side, read_dates_quickly
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-# The limits of one operation, stated in docs/reliability-storage.md: so many attempts, each within
-# the deadline (plus a second for each MiB that is written), and pauses of 0.5, 1, 2, 4 and 8 s,
-# each up to half shorter or longer.
-ATTEMPTS = 6
-FIRST_PAUSE_SECONDS = 0.5
-SLOWEST_BYTES_PER_SECOND = 1 << 20
 
 # s3fs and botocore would try again on their own, and that multiplies: with their defaults a stalled
 # request was sent 125 times, for 35 minutes. Here they ask once.
@@ -159,9 +145,9 @@ class Storage:
                 fs.connect()  # only now are its options looked at
         except (ImportError, ValueError, TypeError) as error:
             raise StorageError(f"{redact(url)}: cannot be opened: {words(error)}") from error
-        except NO_CREDENTIALS as error:
+        except no_credentials() as error:
             raise CredentialsError(words(error)) from error
-        except BotoCoreError as error:  # a profile that is not there, a file that cannot be parsed
+        except botocore_errors() as error:  # no such profile, a file that cannot be parsed
             raise StorageError(f"{redact(url)}: cannot be opened: {words(error)}") from error
         if protocol in ("s3", "s3a"):
             fs.retries = S3_TRIES
@@ -390,16 +376,16 @@ class Storage:
 
         return request
 
-    def publish_bytes(self, url: str, data: bytes) -> None:
+    def publish_bytes(self, url: str, data: bytes | memoryview) -> None:
         """Puts an object whole, replacing what had its name."""
         fs, path = self.open(url)
         waits = len(data) / SLOWEST_BYTES_PER_SECOND
         if isinstance(fs, LocalFileSystem):
             self._call(fs, publish_local, path, data=data, what="write", url=url)
         elif s3.is_s3(fs):
-            self._call(fs, s3.put, fs, path, data, what="write", url=url, waits=waits)
+            self._call(fs, s3.put, fs, path, bytes(data), what="write", url=url, waits=waits)
         else:
-            self._call(fs, fs.pipe_file, path, data, what="write", url=url, waits=waits)
+            self._call(fs, fs.pipe_file, path, bytes(data), what="write", url=url, waits=waits)
         fs.invalidate_cache()
 
     def create(self, url: str, data: bytes) -> None:
@@ -430,6 +416,13 @@ class Storage:
     def creates_exclusively(self, url: str) -> bool:
         """Whether `create` is more than a look and a write here, as far as the protocol says."""
         return fsspec.core.split_protocol(url)[0] in (None, "file", "local", "s3", "s3a", "gs")
+
+    def nameless(self, url: str) -> IO[bytes]:
+        """A file of this machine to be filled and published as `url`; gone with the process."""
+        fs, path = self.open(url)
+        if isinstance(fs, LocalFileSystem):
+            return nameless(Path(path).parent)
+        return tempfile.TemporaryFile()
 
     def publish_file(self, url: str, local: Path) -> None:
         """Moves a finished local file to its final name, whole, and checks what arrived."""
@@ -513,60 +506,9 @@ class Storage:
             self.remove(*(join(folder, name) for name in files if TEMPORARY.search(name)))
 
     def _call(
-        self,
-        fs: fsspec.AbstractFileSystem,
-        function: Callable[..., T],
-        *args: Any,
-        what: str,
-        url: str,
-        waits: float = 0.0,
-        **kwargs: Any,
+        self, fs: fsspec.AbstractFileSystem, function: Callable[..., T], *args: Any, **how: Any
     ) -> T:
-        if isinstance(fs, AsyncFileSystem):
-            kwargs["timeout"] = self.deadline_seconds + waits
-        renewed = False
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                return function(*args, **kwargs)
-            except (*PERMANENT, *TRANSIENT) as error:
-                fault = true_fault(error)
-                refusal = refusal_of_credentials(fault)
-                if refusal is not None and s3.is_s3(fs) and not renewed and attempt < ATTEMPTS:
-                    renewed = True  # they may have been, on this machine, since the last look
-                    logger.info("%s %s: access refused (%s); credentials are looked up again",
-                                   what, redact(url), refusal)  # fmt: skip
-                    _renew_credentials(fs)
-                    continue
-                if refusal is not None:
-                    raise CredentialsError(
-                        f"cannot {what} {redact(url)}: access refused ({refusal})"
-                    ) from error
-                raise_if_permanent(fault, url)
-                reason = words(fault)
-                if attempt == ATTEMPTS or is_out_of_space(fault):
-                    kind = CredentialsError if isinstance(fault, NO_CREDENTIALS_NOW) else OSError
-                    raise kind(
-                        f"cannot {what} {redact(url)}: {reason} ({attempt} attempts)"
-                    ) from error
-                pause = FIRST_PAUSE_SECONDS * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)  # noqa: S311 jitter
-                logger.warning(
-                    "%s %s: %s; attempt %d of %d, next in %.1f s",
-                    what, redact(url), reason, attempt, ATTEMPTS, pause,
-                )  # fmt: skip
-                time.sleep(pause)
-            except UserError:
-                raise
-            except Exception as error:  # a storage's own kind of error: told, never tried again
-                raise OSError(f"cannot {what} {redact(url)}: {words(error)}") from error
-        raise AssertionError("unreachable")
-
-
-def _renew_credentials(fs: fsspec.AbstractFileSystem) -> None:
-    """A new session, which looks for credentials in the environment, profile and instance again."""
-    try:
-        fs.connect(refresh=True)
-    except (*NO_CREDENTIALS, *NO_CREDENTIALS_NOW) as error:
-        raise CredentialsError(words(error)) from error
+        return retried(fs, self.deadline_seconds, function, *args, **how)
 
 
 def _ignores_ranges(url: str) -> StorageError:

@@ -37,8 +37,7 @@ def current(output: str, storage: Storage) -> str:
     Raises:
         UserError: `current.json` cannot be read, or is none.
     """
-    version = current_version(output, storage)
-    return output if version is None else version_folder(output, version)
+    return version_folder(output, current_version(output, storage))
 
 
 def current_version(output: str, storage: Storage) -> str | None:
@@ -50,8 +49,9 @@ def current_version(output: str, storage: Storage) -> str | None:
         return Current.parse(storage.read(url), url).version
 
 
-def version_folder(output: str, version: str) -> str:
-    return join(output, VERSIONS, version)
+def version_folder(output: str, version: str | None) -> str:
+    """Where a version lies; None: OUTPUT itself is it."""
+    return output if version is None else join(output, VERSIONS, version)
 
 
 def version_for(output: str, wanted: Dataset, storage: Storage) -> str | None:

@@ -6,7 +6,7 @@
 #   ceph_mini.sh stop DIR
 set -euo pipefail
 
-START_SECONDS=60
+START_SECONDS=150
 
 fail() {
     echo "ceph_mini.sh: $1" >&2

@@ -47,7 +47,7 @@ FAULTS = (*ERRORS, *BEFORE_THE_STORE, *ON_THE_ANSWER)
 # What a job should live through without a trace, where the store's answers carry checksums.
 TRANSIENT = ("500", "503", *BEFORE_THE_STORE, "reset-mid", "fin-mid", "stall-mid", "slow")
 SLOW_PIECE_BYTES = 4096
-BREAK_SECONDS = 0.05  # between the last bytes and the break, so that they are not lost with it
+BREAK_SECONDS = 0.5  # between the last bytes and the break, so that they are not lost with it
 
 
 @dataclass(frozen=True)

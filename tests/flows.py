@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from jobs.cluster import CPU_CHUNK_TILES, Pool
 from jobs.config import ExtractConfig
@@ -19,22 +20,22 @@ from pipeline.storage import Storage
 
 def run_flow(
     source: Path,
-    output: Path,
+    output: Path | str,
     checkpoint: Path,
     tick: Callable[[Tally], None] = lambda tally: None,
     *,
     chunk_tiles: int = CPU_CHUNK_TILES,
     deadline_seconds: float | None = None,
+    **options: Any,
 ) -> Tally:
     """Commits what is not committed, on the cluster that is connected; all may be rejects."""
     config = ExtractConfig(
+        **{"dtype": "float32", "max_reject_rate": 1.0, **options},
         input=(str(source),),
         output=str(output),
         model=str(checkpoint),
-        dtype="float32",
-        max_reject_rate=1.0,
     )
-    storage = Storage()
+    storage = Storage(config.storage_options)
     opened = open_checkpoint(config.model)
     dataset = describe(config, opened)
     open_output(config.output, dataset, storage)

@@ -20,8 +20,10 @@ from model.encoder import Encoder
 from pipeline.chunks import TileSettings
 from pipeline.commits import Commit, open_output
 from pipeline.embedding import PartSettings
+from pipeline.read import pictures
 from pipeline.samples import ReadSettings
 from pipeline.shards import list_shards
+from pipeline.storage import Storage
 from pipeline.writers import FinalizeSettings, finalize_shard
 from tests.stages import STORAGE, compute_shard
 
@@ -48,9 +50,16 @@ def extract_plainly(
         device="cpu",
         layer=config.layer,
         features=config.features,
+        embedding_dtype=config.embedding_dtype,
     )
     parts = PartSettings(
-        STORAGE, config.output, "run", dataset.features, config.embedding_dtype, config.carry
+        STORAGE,
+        config.output,
+        "run",
+        dataset.features,
+        config.embedding_dtype,
+        config.carry,
+        config.format,
     )
     read = ReadSettings(STORAGE, config.image_key, config.carry, config.accept_truncated)
     preprocessor = opened.preprocessor
@@ -64,6 +73,19 @@ def extract_plainly(
         commits.append(finalize_shard(complete, finalize))
     STORAGE.remove(f"{config.output}/_runs")
     return commits
+
+
+def read_pictures(
+    output: Path | str, features: Sequence[str], storage: Storage = STORAGE
+) -> list[dict[str, Any]]:
+    """All that a reader gets of each picture, arrays as type, shape and digest."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            return value.dtype.str, value.shape, hashlib.sha256(value.tobytes()).hexdigest()
+        return {n: plain(v) for n, v in value.items()} if isinstance(value, dict) else value
+
+    return [plain(vars(picture)) for picture in pictures(str(output), storage, features=features)]
 
 
 def check(root: Path, **options: Any) -> Verification:

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import requests
 
-from tests.ray_head import free_ports
+from tests.ports import free_ports
 
 LOOK_SECONDS = 0.2
+ATTEMPTS = 3  # another may have bound our port in between
 
 
 @dataclass(frozen=True)
@@ -44,17 +45,22 @@ class Prometheus:
         found = self.get("query", query=expression)["result"]
         return [Series(one["metric"], float(one["value"][1])) for one in found]
 
-    def wait_until(self, condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
-        """Looks again and again; the server itself keeps the time."""
+    def is_ready(self) -> bool:
+        return requests.get(f"{self.url}/-/ready", timeout=10).ok
+
+    def comes_to(self, condition: Callable[[], bool], seconds: float = 150) -> bool:
+        """Looks again and again; the server itself keeps the time. No answer is a no."""
         for _ in range(int(seconds / LOOK_SECONDS)):
-            if condition():
-                return
-            try:
+            with suppress(requests.RequestException):
+                if condition():
+                    return True
+            with suppress(subprocess.TimeoutExpired):
                 self.process.wait(LOOK_SECONDS)
-            except subprocess.TimeoutExpired:
-                continue
-            break
-        raise AssertionError(f"never {what}")
+                return False
+        return False
+
+    def wait_until(self, condition: Callable[[], bool], what: str, seconds: float = 150) -> None:
+        assert self.comes_to(condition, seconds), f"never {what}"
 
 
 @contextmanager
@@ -64,7 +70,18 @@ def prometheus(session: Path, port: int | None = None) -> Iterator[Prometheus]:
     program = shutil.which("prometheus")
     if program is None:
         pytest.fail("prometheus is not installed (Debian: apt-get install prometheus)")
-    port = port or free_ports(1)[0]
+    said = ""
+    for _ in range(ATTEMPTS):
+        with _started(program, session, port or free_ports(1)[0]) as (server, log):
+            if server.comes_to(server.is_ready):
+                yield server
+                return
+            said = log.read_text()
+    raise AssertionError(f"never ready:\n{said[-3000:]}")
+
+
+@contextmanager
+def _started(program: str, session: Path, port: int) -> Iterator[tuple[Prometheus, Path]]:
     with tempfile.TemporaryDirectory(prefix="prometheus-") as folder:
         command = [
             program,
@@ -72,19 +89,11 @@ def prometheus(session: Path, port: int | None = None) -> Iterator[Prometheus]:
             f"--storage.tsdb.path={folder}/data",
             f"--web.listen-address=127.0.0.1:{port}",
         ]
-        with (Path(folder) / "log").open("wb") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log)
-        server = Prometheus(f"http://127.0.0.1:{port}", process)
+        log = Path(folder) / "log"
+        with log.open("wb") as sink:
+            process = subprocess.Popen(command, stdout=sink, stderr=sink)
         try:
-            server.wait_until(lambda: _is_ready(server.url), "ready")
-            yield server
+            yield Prometheus(f"http://127.0.0.1:{port}", process), log
         finally:
             process.terminate()
-            process.wait(timeout=30)
-
-
-def _is_ready(url: str) -> bool:
-    try:
-        return requests.get(f"{url}/-/ready", timeout=5).ok
-    except requests.ConnectionError:
-        return False
+            process.wait(timeout=120)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import requests
+
+from tests.ports import free_ports
+
+ATTEMPTS = 3  # another may have bound a port of ours in between
 
 
 @dataclass(frozen=True)
@@ -28,18 +31,21 @@ class Head:
     address: str
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that are free now, all different."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
-
-
 @contextmanager
 def ray_head(num_cpus: int) -> Iterator[Head]:
     """A head with its dashboard on loopback, ended by its process id."""
+    said = ""
+    for _ in range(ATTEMPTS):
+        with _started(num_cpus) as (process, head):
+            if _answers(process, head):
+                yield head
+                return
+            said = (head.folder / "head.log").read_text()
+    raise AssertionError(f"the head never answered:\n{said[-3000:]}")
+
+
+@contextmanager
+def _started(num_cpus: int) -> Iterator[tuple[subprocess.Popen[bytes], Head]]:
     token = secrets.token_hex(32)
     gcs, dashboard, agent, client, metrics = free_ports(5)
     folder = Path(tempfile.mkdtemp(prefix="tes-head-", dir="/tmp"))  # sockets want short paths
@@ -66,24 +72,21 @@ def ray_head(num_cpus: int) -> Iterator[Head]:
     )
     url = f"http://127.0.0.1:{dashboard}"
     try:
-        _wait_for_jobs_api(process, url, token, folder / "head.log")
-        yield Head(
-            url, {"RAY_AUTH_TOKEN": token, "RAY_AUTH_MODE": "token"}, folder, f"127.0.0.1:{gcs}"
-        )
+        auth = {"RAY_AUTH_TOKEN": token, "RAY_AUTH_MODE": "token"}
+        yield process, Head(url, auth, folder, f"127.0.0.1:{gcs}")
     finally:
         _end(process)
         log.close()
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _wait_for_jobs_api(
-    process: subprocess.Popen[bytes], url: str, token: str, log: Path, seconds: float = 60
-) -> None:
-    headers = {"Authorization": f"Bearer {token}"}
+def _answers(process: subprocess.Popen[bytes], head: Head, seconds: float = 150) -> bool:
+    """Waits for the jobs API; False where the head has ended, or is silent for too long."""
+    headers = {"Authorization": f"Bearer {head.env['RAY_AUTH_TOKEN']}"}
     for _ in range(int(seconds / 0.2)):
         try:
-            if requests.get(f"{url}/api/jobs/", headers=headers, timeout=10).ok:
-                return
+            if requests.get(f"{head.url}/api/jobs/", headers=headers, timeout=10).ok:
+                return True
         except requests.RequestException:
             pass
         try:
@@ -91,7 +94,7 @@ def _wait_for_jobs_api(
         except subprocess.TimeoutExpired:
             continue
         break
-    raise AssertionError(f"the head never answered:\n{log.read_text()[-3000:]}")
+    return False
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

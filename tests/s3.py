@@ -7,7 +7,6 @@ does, needs Debian's packages, and is asked for by name: `make test-s3`.
 from __future__ import annotations
 
 import logging
-import socket
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,8 +19,11 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
+from tests.ports import free_ports
+
 CEPH_MINI = Path(__file__).with_name("ceph_mini.sh")
-START_SECONDS = 90
+START_SECONDS = 180
+ATTEMPTS = 3  # another may have bound a port of ours in between
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,6 @@ class S3Server:
         }
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 @contextmanager
 def moto() -> Iterator[S3Server]:
     logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line for each request
@@ -97,16 +92,20 @@ def moto() -> Iterator[S3Server]:
 @contextmanager
 def ceph() -> Iterator[S3Server]:
     """Fails, never skips, where Ceph's programs are missing: who asks for it wants its answer."""
-    with tempfile.TemporaryDirectory(prefix="ceph-") as folder:
-        port = free_port()
-        start = [str(CEPH_MINI), "start", folder, str(port), str(free_port())]
-        started = subprocess.run(start, capture_output=True, text=True, timeout=START_SECONDS)
-        if started.returncode:
-            pytest.fail(started.stderr, pytrace=False)
-        try:
-            yield S3Server(f"http://127.0.0.1:{port}", "test", "testsecret", True)
-        finally:
-            subprocess.run([str(CEPH_MINI), "stop", folder], check=True, timeout=START_SECONDS)
+    said = ""
+    for _ in range(ATTEMPTS):
+        with tempfile.TemporaryDirectory(prefix="ceph-") as folder:
+            port, monitor = free_ports(2)
+            start = [str(CEPH_MINI), "start", folder, str(port), str(monitor)]
+            started = subprocess.run(start, capture_output=True, text=True, timeout=START_SECONDS)
+            try:
+                if started.returncode == 0:
+                    yield S3Server(f"http://127.0.0.1:{port}", "test", "testsecret", True)
+                    return
+                said = started.stderr
+            finally:
+                subprocess.run([str(CEPH_MINI), "stop", folder], check=True, timeout=START_SECONDS)
+    pytest.fail(said, pytrace=False)
 
 
 S3_SERVERS = ["moto", pytest.param("ceph", marks=pytest.mark.ceph)]

@@ -9,9 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.chunks import Chunk, TileSettings, tile_group
+from pipeline.commits import Format
 from pipeline.embedding import Encode, PartSettings, embed_chunk, write_part
 from pipeline.ledger import CompleteShard, Ledger
-from pipeline.records import Shard
+from pipeline.records import Shape, Shard
 from pipeline.samples import GroupRow, ReadSettings, read_groups
 from pipeline.storage import Storage
 from pipeline.takeover import committed_rows, with_known
@@ -30,16 +31,30 @@ def encode(tiles: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[np.float32]]:
     return {"cls": cls, "mean": cls[:, ::-1] / 3}
 
 
+SHAPES: dict[str, Shape] = {
+    "cls": WIDTH, "mean": WIDTH, "tokens": (5, WIDTH), "tokens-2x2": (1, 4 * WIDTH)
+}  # fmt: skip
+
+
+def encode_all(tiles: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[np.float32]]:
+    """`encode`, and tokens that each differ."""
+    vectors = encode(tiles)
+    tokens = vectors["cls"][:, np.newaxis] * np.arange(1, 6, dtype=np.float32)[:, np.newaxis]
+    shuffled = tokens[:, 1:].reshape(len(tiles), 1, 4 * WIDTH)
+    return {**vectors, "tokens": tokens, "tokens-2x2": shuffled}
+
+
 def part_settings(
-    output: Path,
-    features: Mapping[str, int] | None = None,
+    output: Path | str,
+    features: Mapping[str, Shape] | None = None,
     embedding_dtype: str = "float16",
     carry: tuple[str, ...] = (),
     run: str = "run",
     storage: Storage = STORAGE,
+    format: Format = "parquet",
 ) -> PartSettings:
     return PartSettings(
-        storage, str(output), run, features or {"cls": WIDTH}, embedding_dtype, carry
+        storage, str(output), run, features or {"cls": WIDTH}, embedding_dtype, carry, format
     )
 
 

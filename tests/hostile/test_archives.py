@@ -15,7 +15,7 @@ from tests.hostile.archives import ARCHIVES, tiny_members, write_with_huge_membe
 from tests.hostile.stages import balance, run_stages
 from tests.stages import STORAGE, read_shard
 
-SECONDS = 20.0  # for one archive, on a busy machine; each takes well under one on an idle one
+SECONDS = 20.0  # of processor time, for one archive; each takes well under one
 
 
 @pytest.fixture(autouse=True)
@@ -29,9 +29,9 @@ def test_an_archive_ends_as_is_said_of_it(kind: str, tmp_path: Path) -> None:
     archive = ARCHIVES[kind]
     path = tmp_path / "s.tar"
     path.write_bytes(archive.build())
-    began = time.monotonic()
+    began = time.process_time()
     outcome = balance(run_stages(path))
-    assert time.monotonic() - began < SECONDS
+    assert time.process_time() - began < SECONDS
     if archive.failure is not None:
         assert outcome.end.failure is not None
         assert outcome.end.failure.startswith(f"{path}: ")
@@ -70,10 +70,10 @@ def test_what_nobody_has_thought_of_fails_its_shard_alone(
 def test_a_hundred_thousand_tiny_members(tmp_path: Path) -> None:
     path = tmp_path / "s.tar"
     path.write_bytes(tiny_members(100_000))
-    began = time.monotonic()
+    began = time.process_time()
     outcome = balance(run_stages(path))
     assert len(outcome.rejects) == 100_000  # each a sample without a picture
-    assert time.monotonic() - began < 6 * SECONDS
+    assert time.process_time() - began < 6 * SECONDS
 
 
 def test_nothing_is_kept_of_a_member(tmp_path: Path) -> None:

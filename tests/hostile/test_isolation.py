@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,6 +91,18 @@ def test_a_fault_of_the_decoder_is_a_reject(
 ) -> None:
     assert fate(fragile, faulty(IMAGE, fault)) == says
     assert fragile.picture_size(IMAGE) == (90, 60)  # the next picture has a child again
+
+
+def test_time_without_a_core_is_not_the_pictures(
+    fragile: IsolatedDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited = iter([7.0, 7.0, 7.5, 7.5])  # one for the child's start, the others for the picture
+    monkeypatch.setattr(isolation, "seconds_without_core", lambda pid: next(waited))
+    fragile._start()
+    began = time.monotonic()
+    assert fate(fragile, faulty(IMAGE, "open-hang")).startswith("decode/deadline")
+    assert time.monotonic() - began > 3.5
+    assert list(waited) == []
 
 
 def test_a_child_that_somebody_else_kills_costs_no_picture(
@@ -241,4 +254,4 @@ def test_no_child_is_left(fragile: IsolatedDecoder) -> None:
     assert child is not None
     fragile.close()
     assert child.returncode == -signal.SIGKILL
-    assert not [t for t in threading.enumerate() if isinstance(t, threading.Timer)]
+    assert not [t for t in threading.enumerate() if t.name == "watch-decoder"]

@@ -18,7 +18,7 @@ from tests.data.make_tiling_pictures import encode, scene
 from tests.hostile.pictures import ODD, case, inverted_cmyk, pixels, png, sound
 from tests.hostile.stages import balance, run_stages
 
-SECONDS = 20.0
+SECONDS = 20.0  # of processor time
 CASES = 400
 SEED = 4
 
@@ -37,9 +37,9 @@ def test_an_odd_picture_ends_as_is_said_of_it(kind: str, mode: str, tmp_path: Pa
     odd, data = ODD[kind], ODD[kind].build()
     path = write_tar(tmp_path / "s.tar", [("0.jpg", data)])
     tiling = Tiling(mode, 28, 32, max_tiles=4)  # type: ignore[arg-type]
-    began = time.monotonic()
+    began = time.process_time()
     outcome = balance(run_stages(path, tiling=tiling))
-    assert time.monotonic() - began < SECONDS
+    assert time.process_time() - began < SECONDS
     assert outcome.end.samples == 1
     if odd.code is None:
         assert outcome.embedded == {0: "0"}

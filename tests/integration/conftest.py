@@ -1,4 +1,4 @@
-"""One local cluster for all tests that drive the dataflow in this process."""
+"""A local cluster for the tests of a file that drive the dataflow in their own process."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import ray
 from jobs.cluster import connect
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
+    """Gone with its file: another may need a cluster of its own kind in this process."""
     connect(local=True)
     yield
     ray.shutdown()

@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from chaos.faults import SHORT
 from tests.builders import REPOSITORY
 
 KILLS = 5
 
 
+@pytest.mark.timeout(900)
 def test_seeded_kills_lose_nothing_and_double_nothing(tmp_path: Path) -> None:
     """In a process of its own: it becomes the parent of all orphans."""
     done = subprocess.run(
@@ -23,7 +26,7 @@ def test_seeded_kills_lose_nothing_and_double_nothing(tmp_path: Path) -> None:
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=840,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (rows,) = (json.loads(file.read_text()) for file in tmp_path.glob("*-faults-chaos.json"))

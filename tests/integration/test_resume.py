@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import secrets
 import signal
 import subprocess
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import psutil
@@ -21,7 +23,18 @@ from tests.builders import (
     write_checkpoint,
     write_tar,
 )
-from tests.running import comparable, started_cli, wait_until
+from tests.fault_proxy import FaultProxy, Rule
+from tests.running import (
+    commits_below,
+    comparable,
+    endless_shard,
+    started_cli,
+    wait_for_workers,
+    wait_until,
+)
+from tests.s3 import S3Server
+
+pytestmark = pytest.mark.timeout(900)
 
 NUM_SHARDS = 10
 PICTURES = 8
@@ -86,21 +99,21 @@ def test_kills_of_a_driver_with_its_own_ray_change_no_byte(
 ) -> None:
     rng = random.Random(20261122)
     output = tmp_path / "out"
-    commits = output / "commits"
     committed: dict[str, bytes] = {}
     for kill in range(KILLS):
-        with started(job, output) as process:
+        with endless_shard(job[0]), started(job, output) as process:
             if kill % 2:  # soon after the next commit, while others are in flight
-                seen = len(committed)
-                wait_until(process, lambda: len(files_below(commits)) > seen)  # noqa: B023
+                seen = min(len(committed), NUM_SHARDS - 1)
+                wait_until(process, lambda: len(commits_below(output)) > seen)  # noqa: B023
                 delay = rng.uniform(0.0, 0.3)
             else:  # anywhere: start of Ray, loading, reading, embedding, writing
                 delay = rng.uniform(1.0, 11.0)
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=delay)
-            except subprocess.TimeoutExpired:
-                orphans += kill_driver(process)
-        now = files_below(commits)
+            tree = kill_driver(process)
+            wait_for_workers(tree)
+            orphans += tree
+        now = commits_below(output)
         assert {name: now.get(name) for name in committed} == committed, "computed twice"
         committed = now
     assert committed, "no kill came after a commit: nothing was resumed"
@@ -109,7 +122,7 @@ def test_kills_of_a_driver_with_its_own_ray_change_no_byte(
     summary = json.loads(done.stdout)
     assert summary["committed_before"] == len(committed)
     assert summary["committed"] == NUM_SHARDS - len(committed)
-    after = files_below(commits)
+    after = commits_below(output)
     assert {name: after[name] for name in committed} == committed, "computed twice"
     assert comparable(output) == comparable(undisturbed)
     assert len(comparable(output)) == 1 + 2 * NUM_SHARDS + len(range(0, NUM_SHARDS, 3))
@@ -120,22 +133,26 @@ def test_two_at_once(
 ) -> None:
     """One wins, the other says so and stops; also where a first one was killed."""
     output = tmp_path / "out"
-    with started(job, output) as first:
-        wait_until(first, lambda: files_below(output / "commits"))
-        first.send_signal(signal.SIGSTOP)  # or it might be done before the others have started
-        second = run_cli("extract", job[0], output, "--model", job[1], *OPTIONS, timeout=30)
+    with endless_shard(job[0]), started(job, output) as first:
+        wait_until(first, lambda: commits_below(output))
+        second = run_cli("extract", job[0], output, "--model", job[1], *OPTIONS)
         assert second.returncode == 2
         assert second.stderr.startswith(f"tessera: {output}: another run is at work there (process")
         assert f"process {first.pid} on" in second.stderr
         assert second.stderr.count("\n") == 1
         orphans += kill_driver(first)
     assert [name for name in files_below(output / "_runs") if name.startswith("lease-")]
-    with started(job, output) as third, started(job, output) as fourth:
-        pair = [third, fourth]
-        says = [process.communicate(timeout=120)[1] for process in pair]
-        assert sorted(process.returncode for process in pair) == [0, 2], says
-    loser = says[[process.returncode for process in pair].index(2)]
-    assert b"another run is at work there" in loser
+    with endless_shard(job[0]), started(job, output) as third, started(job, output) as fourth:
+        wait_until(third, lambda: fourth.poll() is not None)
+        loser, winner = sorted((third, fourth), key=lambda process: process.poll() is None)
+        assert b"another run is at work there" in loser.communicate()[1]
+        assert loser.returncode == 2
+        wait_until(winner, lambda: len(commits_below(output)) == NUM_SHARDS)
+        winner.terminate()
+        _, said = winner.communicate(timeout=180)
+        assert winner.returncode == 128 + signal.SIGTERM, said.decode()
+    done = run_cli("extract", job[0], output, "--model", job[1], *OPTIONS)
+    assert done.returncode == 0, done.stderr
     assert comparable(output) == comparable(undisturbed)
     assert not (output / "_runs").exists()
 
@@ -145,21 +162,22 @@ def test_a_stopped_job_commits_what_is_complete_and_resumes(
     job: tuple[Path, Path], undisturbed: Path, tmp_path: Path, signum: signal.Signals
 ) -> None:
     output = tmp_path / "out"
-    with started(job, output) as process:
-        wait_until(process, lambda: files_below(output / "commits"))
+    with endless_shard(job[0]), started(job, output) as process:
+        wait_until(process, lambda: commits_below(output))
         tree = psutil.Process(process.pid).children(recursive=True)
         if signum == signal.SIGINT:
             os.killpg(process.pid, signum)  # as a terminal does: to all of the group
         else:
             process.send_signal(signum)
-        _, stderr = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=180)
         assert process.returncode == 128 + signum, stderr.decode()
         assert b"Traceback" not in stderr
-        assert not psutil.wait_procs(tree, timeout=60)[1]
+        assert not psutil.wait_procs(tree, timeout=180)[1]
         clusters = list(Path(f"/tmp/tessera-{os.getuid()}/ray").glob(f"session_*_{process.pid}"))
         assert len(clusters) == 1, "Ray was started again while the job ended"
-    committed = files_below(output / "commits")
-    assert 0 < len(committed) < NUM_SHARDS
+    committed = commits_below(output)
+    assert committed
+    assert "~.json" not in committed
     left = [name for name in files_below(output) if name.startswith("_runs/")]
     assert [Path(name).name for name in left] == ["progress.json"]
     record = json.loads((output / left[0]).read_bytes())
@@ -168,14 +186,46 @@ def test_a_stopped_job_commits_what_is_complete_and_resumes(
 
     done = run_cli("extract", job[0], output, "--model", job[1], *OPTIONS)
     assert done.returncode == 0, done.stderr
-    after = files_below(output / "commits")
+    after = commits_below(output)
     assert {name: after[name] for name in committed} == committed
     assert comparable(output) == comparable(undisturbed)
 
 
+def test_ctrl_c_twice_ends_at_once(
+    job: tuple[Path, Path], s3_server: Callable[[str], S3Server]
+) -> None:
+    """After the first it waits for a commit that never ends."""
+    server = s3_server("moto")
+    output = server.make_bucket(f"twice-{secrets.token_hex(4)}") + "/out"
+    never = Rule("stall-before", "PUT", "*/out/commits/*")
+    with FaultProxy(server.endpoint, [never]) as proxy:
+        env = {**server.environment, "AWS_ENDPOINT_URL": proxy.endpoint}
+        command = ["extract", job[0], output, "--model", job[1], *OPTIONS]
+        with started_cli(*command, env=env) as process:
+            wait_until(process, lambda: proxy.seen("PUT", "*/out/commits/*"))
+            tree = psutil.Process(process.pid).children(recursive=True)
+            os.killpg(process.pid, signal.SIGINT)
+            wait_until(process, lambda: not catches(process.pid, signal.SIGTERM))
+            assert process.poll() is None
+            os.killpg(process.pid, signal.SIGINT)
+            _, stderr = process.communicate(timeout=180)
+            assert process.returncode == 128 + signal.SIGINT, stderr.decode()
+            assert not psutil.wait_procs(tree, timeout=180)[1]
+    assert not [name for name in server.objects(output.split("/")[2]) if "/commits/" in name]
+
+
+def catches(pid: int, signum: signal.Signals) -> bool:
+    """Whether a process has a handler of its own; ours are taken back once the first has run."""
+    if not psutil.pid_exists(pid):
+        return False
+    status = Path(f"/proc/{pid}/status").read_text()
+    (caught,) = [line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")]
+    return bool(int(caught, 16) >> (signum - 1) & 1)
+
+
 def test_a_finished_job_does_nothing(job: tuple[Path, Path], undisturbed: Path) -> None:
     before = files_below(undisturbed)
-    done = run_cli("extract", job[0], undisturbed, "--model", job[1], *OPTIONS, timeout=20)
+    done = run_cli("extract", job[0], undisturbed, "--model", job[1], *OPTIONS)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"nothing to do: all {NUM_SHARDS} shards are committed\n"
     assert files_below(undisturbed) == before
@@ -184,4 +234,4 @@ def test_a_finished_job_does_nothing(job: tuple[Path, Path], undisturbed: Path) 
 def test_nothing_is_left_of_killed_drivers(orphans: list[psutil.Process]) -> None:
     """Ray's agents wait for a head that died while it started; a minute later they give up."""
     assert orphans, "no driver was killed"
-    assert not psutil.wait_procs(orphans, timeout=120)[1]
+    assert not psutil.wait_procs(orphans, timeout=300)[1]

@@ -18,22 +18,23 @@ from typing import Any
 import fsspec
 import pytest
 
-from pipeline import forward_reader, s3
-from pipeline import storage as storage_module
+from pipeline import forward_reader, retries, s3
 from pipeline.forward_reader import ForwardReader
 from pipeline.records import Shard, ShardEnd
+from pipeline.retries import ATTEMPTS
 from pipeline.s3 import ObjectChangedError
 from pipeline.samples import ReadSettings, read_groups
 from pipeline.stock import take_stock
-from pipeline.storage import ATTEMPTS, CredentialsError, Storage
+from pipeline.storage import CredentialsError, Storage
 from tests.builders import MTIME, samples, tar_bytes
 from tests.fault_proxy import FaultProxy, Rule
 from tests.s3 import S3Server
 
 DATA = random.Random(1).randbytes(120_000)
 DEADLINE_SECONDS = 10.0
-SHORT_SECONDS = 0.3  # where something stalls until then
-SLACK_SECONDS = 3.0  # two busy cores
+SHORT_SECONDS = 0.3  # where nothing comes
+BUSY_SECONDS = 1.0  # where something stalls, and then has to come on two busy cores
+SLACK_SECONDS = 30.0  # less than attempts of DEADLINE_SECONDS would take
 FAULTS = ["500", "503", "reset-before", "stall-before"]
 BODY_FAULTS = ["reset-mid", "fin-mid", "stall-mid"]
 LENGTHS = ["longer-length", "shorter-length"]
@@ -56,9 +57,9 @@ def storage(s3: S3Server, proxy: FaultProxy) -> Storage:
     return Storage({**s3.options, "endpoint_url": proxy.endpoint}, DEADLINE_SECONDS)
 
 
-def hurried(storage: Storage, fault: str) -> Storage:
+def hurried(storage: Storage, fault: str, seconds: float = SHORT_SECONDS) -> Storage:
     short = fault.startswith(("stall", "slow"))
-    return Storage(storage.options, SHORT_SECONDS) if short else storage
+    return Storage(storage.options, seconds) if short else storage
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def client_of(server: S3Server) -> Any:
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The pauses between attempts, which are not made."""
     made: list[float] = []
-    monkeypatch.setattr(storage_module.time, "sleep", made.append)
+    monkeypatch.setattr(retries.time, "sleep", made.append)
     return made
 
 
@@ -117,7 +118,7 @@ class TestReading:
         pauses: list[float],
     ) -> None:
         proxy.rules = [Rule(fault, "GET", times=2)]
-        found = READS[kind](hurried(storage, fault), f"s3://{bucket}/k")
+        found = READS[kind](hurried(storage, fault, BUSY_SECONDS), f"s3://{bucket}/k")
         assert found == EXPECTED[kind]
         # Where all came, and the length alone was wrong, there is nothing to ask for again.
         assert proxy.counts[fault] == 2 or (fault, kind) == ("longer-length", "range")
@@ -135,34 +136,37 @@ class TestReading:
         assert time.monotonic() - began < ATTEMPTS * SHORT_SECONDS + SLACK_SECONDS
         # aiohttp itself asks once more where a used connection broke before an answer
         most = ATTEMPTS * (2 if fault == "reset-before" else 1)
-        assert ATTEMPTS <= len(proxy.requests) <= most
+        # At a deadline of a moment a busy machine may not even have sent a request.
+        least = 1 if fault == "stall-before" else ATTEMPTS
+        assert least <= len(proxy.requests) <= most
 
     @pytest.mark.parametrize("fault", BODY_FAULTS)
     def test_it_goes_on_at_the_byte_where_it_broke(
         self, fault: str, kind: str, storage: Storage, bucket: str, proxy: FaultProxy
     ) -> None:
         proxy.rules = [Rule(fault, "GET", times=2)]
-        assert READS[kind](hurried(storage, fault), f"s3://{bucket}/k") == EXPECTED[kind]
+        storage = hurried(storage, fault, BUSY_SECONDS)
+        assert READS[kind](storage, f"s3://{bucket}/k") == EXPECTED[kind]
         first, length = (0, 120_000) if kind == "whole" else (1000, 100_000)
-        assert starts(proxy, f"{bucket}/k") == [
-            first,
-            first + length // 2,
-            first + length // 2 + length // 4,
-        ]
+        came = starts(proxy, f"{bucket}/k")
+        assert came[0] == first
+        assert came == sorted(set(came))  # how far it came before it broke is a matter of time
+        assert 3 <= len(came) <= ATTEMPTS
+        assert came[1] <= first + length // 2
+        assert came[2] <= first + length // 2 + length // 4
 
     def test_a_slow_body_is_gone_on_with_and_one_that_is_too_slow_given_up(
         self, kind: str, storage: Storage, bucket: str, proxy: FaultProxy
     ) -> None:
-        proxy.rules = [Rule("slow", "GET", bytes_per_second=200_000)]  # 0.6 s in all, and 0.3 each
-        storage = hurried(storage, "slow")
-        assert READS[kind](storage, f"s3://{bucket}/k") == EXPECTED[kind]
+        proxy.rules = [Rule("slow", "GET", bytes_per_second=40_000)]  # 2.5 s or 3, and 2 each
+        assert READS[kind](hurried(storage, "slow", 2.0), f"s3://{bucket}/k") == EXPECTED[kind]
         came = starts(proxy, f"{bucket}/k")
         assert came == sorted(set(came))
         assert 2 <= len(came) <= ATTEMPTS
         proxy.rules = [Rule("slow", "GET", bytes_per_second=10_000)]
         began = time.monotonic()
         with pytest.raises(OSError, match=rf"not done within its deadline \({ATTEMPTS} attempts\)"):
-            READS[kind](storage, f"s3://{bucket}/k")
+            READS[kind](hurried(storage, "slow"), f"s3://{bucket}/k")
         assert time.monotonic() - began < ATTEMPTS * SHORT_SECONDS + SLACK_SECONDS
 
     def test_a_listed_object_that_is_gone_is_not_asked_for_again(
@@ -182,11 +186,11 @@ class TestLookingUp:
         self, fault: str, storage: Storage, bucket: str, proxy: FaultProxy
     ) -> None:
         proxy.rules = [Rule(fault, "HEAD", times=2)]
-        storage = hurried(storage, fault)
-        assert storage.info(f"s3://{bucket}/k").size == len(DATA)
+        found = hurried(storage, fault, BUSY_SECONDS).info(f"s3://{bucket}/k")
+        assert found.size == len(DATA)
         proxy.rules = [Rule(fault, "HEAD")]
         with pytest.raises(OSError, match=rf"cannot look up .*\({ATTEMPTS} attempts\)"):
-            storage.info(f"s3://{bucket}/k")
+            hurried(storage, fault).info(f"s3://{bucket}/k")
 
 
 class TestWhatCameIsChecked:
@@ -351,6 +355,14 @@ class TestWriting:
         monkeypatch.setattr(s3, "SINGLE_PUT_BYTES", 6 << 20)
         monkeypatch.setattr(s3, "PART_BYTES", 5 << 20)
 
+    @pytest.fixture(autouse=True)
+    def uploads_that_begin(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One that is given up within a moment may begin all the same, and would be left."""
+        create = s3._create_upload
+        monkeypatch.setattr(
+            s3, "_create_upload", lambda fs, path, timeout: create(fs, path, DEADLINE_SECONDS)
+        )
+
     @pytest.mark.parametrize("fault", ["500", "503", "reset-before", "lost-ack", "flip-upload"])
     def test_a_fault_that_passes(
         self,
@@ -380,14 +392,16 @@ class TestWriting:
         bucket: str,
         proxy: FaultProxy,
         tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        if kind == "parts" and fault == "stall-before":
-            pytest.skip("its deadline grows with the size of a part")
+        # Else the deadline of a part of 5 MiB is five seconds longer.
+        monkeypatch.setattr("pipeline.storage.SLOWEST_BYTES_PER_SECOND", 1 << 30)
         proxy.rules = [Rule(fault, "PUT")]
         with pytest.raises(OSError, match=rf"cannot write .*/w: .*\({ATTEMPTS} attempts\)"):
             WRITES[kind](hurried(storage, fault), f"s3://{bucket}/w", tmp_path)
         most = {"parts": 3}.get(kind, 1) * ATTEMPTS
-        assert ATTEMPTS <= len(proxy.seen("PUT")) <= most
+        # At a deadline of a moment a busy machine may not even have sent a request.
+        assert 0 < len(proxy.seen("PUT")) <= most
         if fault != "flip-upload" or kind == "parts":  # moto keeps what arrives damaged
             assert s3.objects(bucket) == {"k": DATA}
         uploads = client_of(s3).list_multipart_uploads(Bucket=bucket)
@@ -474,6 +488,15 @@ class TestCredentials:
         proxy.rules = [Rule("expired")]
         failure = end_of(f"s3://{bucket}/k", storage).failure
         assert str(failure).startswith("CredentialsError: cannot look up s3://")
+
+
+@pytest.mark.parametrize("fault", [*BODY_FAULTS, *LENGTHS], ids=lambda fault: f"list_{fault}")
+def test_a_broken_listing_is_never_taken_for_whole(
+    fault: str, storage: Storage, bucket: str, proxy: FaultProxy
+) -> None:
+    proxy.rules = [Rule(fault, "LIST", times=2)]
+    assert hurried(storage, fault).list_files(f"s3://{bucket}") == {"k": len(DATA)}
+    assert proxy.counts[fault] == 2
 
 
 class TestListings:

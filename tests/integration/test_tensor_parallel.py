@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +12,8 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 import pytest
-import ray
 
-from jobs.cluster import Pool, connect
+from jobs.cluster import Pool
 from jobs.config import ExtractConfig
 from jobs.extract import describe, flow_settings
 from model.checkpoint import open_checkpoint
@@ -23,10 +21,19 @@ from pipeline.commits import Commit, Computed, open_output
 from pipeline.dataflow import Tally, run_shards
 from pipeline.shards import list_shards
 from pipeline.storage import Storage
-from tests.builders import files_below, picture, run_cli, sample, write_checkpoint, write_tar
-from tests.running import comparable, started_cli, wait_until
+from tests.builders import picture, run_cli, sample, write_checkpoint, write_tar
+from tests.running import (
+    commits_below,
+    comparable,
+    endless_shard,
+    started_cli,
+    wait_until,
+)
 
-NUM_SHARDS = 10  # several are left when the second kill comes
+NOTHING_TO_DO = "nothing to do: all 6 shards are committed\n"
+REPLICA = "ray::MapWorker(MapBatches(Replica))"
+
+NUM_SHARDS = 6
 OPTIONS = ("--tensor-parallel", "2", "--dtype", "float32", "--batch-tiles", "2")
 
 
@@ -80,26 +87,26 @@ def test_a_killed_rank_and_a_killed_replica_change_no_byte(
         killed.extend(victim.pid for victim in found)
         return bool(found)
 
-    with started_cli("extract", job[0], output, "--model", job[1], *OPTIONS) as process:
-        wait_until(process, lambda: files_below(output / "commits"))
+    with (
+        endless_shard(job[0]),
+        started_cli("extract", job[0], output, "--model", job[1], *OPTIONS) as process,
+    ):
+        wait_until(process, lambda: commits_below(output))
+        first = processes(process.pid, REPLICA)
         wait_until(process, lambda: kill_one(process, "model.ranks"))
-        seen = len(files_below(output / "commits"))
-        wait_until(process, lambda: len(files_below(output / "commits")) > seen)
-        wait_until(process, lambda: kill_one(process, "ray::MapWorker(MapBatches(Replica))"))
+        assert not psutil.wait_procs(first, timeout=180)[1]
+        wait_until(process, lambda: kill_one(process, REPLICA))
+        wait_until(process, lambda: len(commits_below(output)) == NUM_SHARDS)
         tree = psutil.Process(process.pid).children(recursive=True)
-        _, stderr = process.communicate(timeout=120)
-        assert process.returncode == 0, stderr.decode()
+        process.terminate()
+        _, stderr = process.communicate(timeout=180)
+        assert process.returncode == 128 + signal.SIGTERM, stderr.decode()
     assert len(killed) == 2
     assert b"rank 1 ended with status -9" in stderr
-    assert not psutil.wait_procs(tree, timeout=60)[1]
+    assert not psutil.wait_procs(tree, timeout=180)[1]
+    done = run_cli("extract", job[0], output, "--model", job[1], *OPTIONS)
+    assert (done.returncode, done.stdout) == (0, NOTHING_TO_DO), done.stderr
     assert comparable(output) == comparable(undisturbed)
-
-
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    connect(local=True)
-    yield
-    ray.shutdown()
 
 
 def test_a_stopped_rank_changes_no_byte(
@@ -120,7 +127,7 @@ def test_a_stopped_rank_changes_no_byte(
     settings = flow_settings(
         config, checkpoint, dataset, Pool("cpu", (1, 1), 2, 2, 32, None), storage, "run"
     )
-    settings = replace(settings, replica=replace(settings.replica, hang_seconds=3.0))
+    settings = replace(settings, replica=replace(settings.replica, hang_seconds=8.0))
     stopped: list[psutil.Process] = []
 
     def stop_one(tally: Tally) -> None:
@@ -134,7 +141,7 @@ def test_a_stopped_rank_changes_no_byte(
     assert tally.failures == []
     assert tally.committed == NUM_SHARDS
     assert len(stopped) == 1
-    assert not psutil.wait_procs(stopped, timeout=10)[1]
+    assert not psutil.wait_procs(stopped, timeout=60)[1]
     storage.remove(str(tmp_path / "out" / "_runs"))
     assert comparable(tmp_path / "out") == comparable(undisturbed)
 

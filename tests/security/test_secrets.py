@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from jobs.secrets import holds_secret, without_secrets
 from pipeline.samples import ReadSettings
 from pipeline.storage import Storage
 from tests.builders import cli_env, samples, tar_bytes, write_checkpoint
+from tests.running import started_cli
 from tests.s3 import moto
 from tests.stages import part_settings
 
@@ -79,13 +81,16 @@ def test_a_secret_on_the_command_line_is_warned_about_once(
     assert caplog.records == []
 
 
+@pytest.mark.parametrize(
+    "options", [f"{{secret: {SECRET}}}", f'\'{{"key": "k", "secret": "{SECRET}"}}\'']
+)
 @pytest.mark.parametrize(("mode", "warned"), [(0o600, 0), (0o640, 1), (0o604, 1), (0o644, 1)])
 def test_a_file_with_a_secret_that_others_may_read(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: int, warned: int
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, options: str, mode: int, warned: int
 ) -> None:
     caplog.set_level(logging.WARNING)
     file = tmp_path / "job.yaml"
-    file.write_text(f"model: m\nstorage_options: {{secret: {SECRET}}}\n")
+    file.write_text(f"model: m\nstorage_options: {options}\n")
     file.chmod(mode)
     load_config(file, GIVEN)
     assert len(caplog.records) == warned
@@ -111,6 +116,35 @@ def family(process: subprocess.Popen[bytes]) -> Iterator[psutil.Process]:
         return
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("extract", "s3://b/in", "s3://b/out", "--model", "checkpoint"),
+        ("status", "s3://b/out"),
+        ("verify", "s3://b/out"),
+        ("index", "s3://b/out", "s3://b/index"),
+        ("search", "s3://b/index", "--key", "k"),
+        ("browse", "s3://b/index", "--port", "0"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_no_command_shows_a_secret_in_ps(
+    arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looked at when it first asks a storage, which never answers."""
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(tmp_path / "checkpoint")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(60)
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        options = json.dumps({"endpoint_url": endpoint, "key": "k", "secret": SECRET})
+        with started_cli(*arguments, "--storage-options", options) as process:
+            server.accept()[0].close()
+            shown = psutil.Process(process.pid).cmdline()
+    assert shown[0].startswith(f"tessera {arguments[0]} s3://b/")
+    assert SECRET not in " ".join(shown)
+
+
 def test_a_real_job(tmp_path: Path) -> None:
     """A job with a secret on its command line, a shard that fails, and Ray's exports on: where the
     secret is, which addresses its processes listen on, and the modes of what Ray leaves."""
@@ -118,7 +152,8 @@ def test_a_real_job(tmp_path: Path) -> None:
     home.mkdir()
     listening: set[str] = set()
     argv: list[tuple[bool, str]] = []
-    with moto() as server, tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as temporary:
+    folder = tempfile.TemporaryDirectory(prefix="r", dir="/tmp", ignore_cleanup_errors=True)
+    with moto() as server, folder as temporary:
         broken = tar_bytes(samples(6))[:3000]
         shards = {"in/0.tar": tar_bytes(samples(6)), "in/1.tar": broken}
         server.make_bucket("canary", shards)
@@ -137,9 +172,9 @@ def test_a_real_job(tmp_path: Path) -> None:
                     if SECRET in " ".join(relative.cmdline()):
                         argv.append((relative.pid == process.pid, relative.name()))
                     assert SECRET not in str(relative.environ())
-                    for socket in relative.net_connections("inet"):
-                        if socket.status == psutil.CONN_LISTEN:
-                            listening.add(socket.laddr.ip)
+                    for connection in relative.net_connections("inet"):
+                        if connection.status == psutil.CONN_LISTEN:
+                            listening.add(connection.laddr.ip)
                 except psutil.Error:
                     continue
         stdout, stderr = process.communicate()

@@ -16,6 +16,7 @@ from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start
 
+from jobs.device_tables import load_prices
 from tests.builders import REPOSITORY
 
 FILE = REPOSITORY / "cluster.yaml"
@@ -73,6 +74,16 @@ def test_resources_are_those_of_the_machines(config: Any, aws: None) -> None:
         assert asked["CPU"] == machine["CPU"] - 2 * max(1, gpus)
         memory = machine["memory"] / 0.7  # Ray counts 30 % of it for its object store
         assert asked["object_store_memory"] <= 0.26 * memory
+
+
+def test_a_plan_reckons_with_the_cpus_that_ray_is_given(config: Any) -> None:
+    prices = load_prices(None).devices
+    kinds = config["available_node_types"]
+    assert {name.upper() for name in GPUS} <= prices.keys()
+    for name, gpus in GPUS.items():
+        price = prices[name.upper()]
+        assert price.cores == kinds[name]["resources"]["CPU"] / gpus
+        assert price.instance == kinds[name]["node_config"]["InstanceType"]
 
 
 def test_workers_are_spot_and_keyless_and_the_head_is_not_spot(config: Any) -> None:

@@ -6,13 +6,17 @@ import os
 import shlex
 import shutil
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
 import yaml
 
+from jobs.cli import app
+from jobs.config import ExtractConfig, ExtractOptions, load_config
 from jobs.submission import prepare
 from jobs.timetable import Timetable
 from tests.builders import REPOSITORY
@@ -174,6 +178,41 @@ def test_commands_in_kubernetes_are_what_submit_makes_of_them() -> None:
     assert environment["RAY_AUTH_TOKEN"]["valueFrom"] == {
         "secretKeyRef": {"name": "tessera-token", "key": "auth_token"}
     }
+
+
+def configured(words: list[str]) -> ExtractConfig:
+    """What a command line of `extract` or `reindex` asks for."""
+    command = typer.main.get_command(app).commands[words[0]]  # type: ignore[attr-defined]
+    values = command.make_context(words[0], words[1:]).params
+    options = {name: values[name] for name in ExtractOptions.model_fields}
+    given = {name: value for name, value in options.items() if value is not None}
+    *inputs, output = values["paths"]
+    return load_config(values["config"], {**given, "input": tuple(inputs), "output": output})
+
+
+def test_all_that_work_on_one_output_ask_for_the_same() -> None:
+    """With another option of the fingerprint a schedule would compute all of INPUT again, and lead
+    readers to other data."""
+    shipped = load_config(REPOSITORY / "jobs/configs/laion2b-en.yaml", {})
+    job = yaml.safe_load((KUBERAY / "rayjob.yaml").read_text())["spec"]
+    assert configured(shlex.split(job["entrypoint"])[3:]) == shipped
+    assert job["metadata"]["output"] == shipped.output
+    cron = yaml.safe_load((KUBERAY / "schedule.yaml").read_text())
+    (container,) = cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    assert configured(container["args"]) == shipped
+
+
+def test_the_image_gets_what_is_installed_and_nothing_else() -> None:
+    """No repository, no environment, no results: they make an image large, and may hold secrets."""
+    lines = (REPOSITORY / ".dockerignore").read_text().splitlines()
+    rules = [line for line in lines if line and not line.startswith("#")]
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    packages = {name.partition(".")[0] for name in project["tool"]["setuptools"]["packages"]}
+    about = {"pyproject.toml", project["project"]["readme"], *project["project"]["license-files"]}
+    assert rules[0] == "*"
+    assert {rule for rule in rules if rule.startswith("!")} == {f"!{n}" for n in packages | about}
+    assert rules[-1] == "**/__pycache__"
+    assert all((REPOSITORY / name).exists() for name in packages | about)
 
 
 def test_the_crontab_line() -> None:

@@ -16,6 +16,7 @@ FORBIDDEN = {
 RAY_IN_PIPELINE = {
     "attempts.py",
     "dataflow.py",
+    "index_flow.py",
     "interruption.py",
     "long_runs.py",
     "ray_metrics.py",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.record import RESULTS
-from chaos.suites import CASES, counted, fuzz_rows, outcomes
+from chaos.suites import CASES, NAMED, REJECT, Case, counted, fuzz_rows, holds, outcomes
+from tests.hostile.archives import ARCHIVES
 
 REPORT = b"""<testsuites><testsuite>
 <testcase classname="tests.a" name="t[x]"/>
@@ -34,6 +35,18 @@ def test_a_case_is_counted_and_its_failures_show(monkeypatch: pytest.MonkeyPatch
     ]
     with pytest.raises(ValueError, match="no test injects: reset before the answer"):
         counted(tests[:2])
+
+
+def test_a_row_says_of_an_archive_what_its_own_test_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [case.fault for case in CASES for kind in ARCHIVES if not holds(case, kind)] == []
+    kinds = r"hostile\.test_archives.*\[(no-end|only-zeros|duplicate-member|json-bomb)\]"
+    for promised, untrue in (
+        (NAMED, "only-zeros, duplicate-member, json-bomb"),
+        (REJECT, "only-zeros, json-bomb, no-end"),
+    ):
+        monkeypatch.setattr("chaos.suites.CASES", (Case("odd", kinds, promised, "input"),))
+        with pytest.raises(ValueError, match=f"odd: not what is promised: {untrue}"):
+            counted([])
 
 
 def test_fuzzing_is_counted_from_its_newest_result() -> None:

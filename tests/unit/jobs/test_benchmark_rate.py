@@ -81,6 +81,11 @@ def test_other_files_are_refused(tmp_path: Path, document: object, says: str) ->
         read_benchmark(written(tmp_path, document), TABLE, "bfloat16")
 
 
+def test_a_rate_of_bfloat16_is_none_of_float32(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="dtype float32: the table of devices has no peak for it"):
+        read_benchmark(written(tmp_path, result()), TABLE, "float32")
+
+
 def test_the_results_of_this_repository_are_such_files() -> None:
     files = sorted(RESULTS.glob("*-encoder-*.json"))
     assert files

@@ -57,6 +57,7 @@ def test_carried_members_are_those_that_img2dataset_writes(name: str) -> None:
 def test_the_demo_config_loads() -> None:
     config = load_config(CONFIGS / "local-demo.yaml", MADE_BY_THE_DEMO)
     assert (config.max_tiles, config.dtype) == (6, "float32")
+    assert (config.replicas, config.max_reject_rate) == ((1, 1), 0.25)
 
 
 @pytest.mark.parametrize("name", [*DATASETS, "local-demo"])

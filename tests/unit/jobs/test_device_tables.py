@@ -8,6 +8,7 @@ import pytest
 
 from jobs.device_tables import load_devices, load_prices
 from model.errors import UserError
+from model.peaks import PEAKS
 
 DEVICES = """
 share_of_peak: {low: 0.4, middle: 0.5, high: 0.6, source: mine}
@@ -47,6 +48,17 @@ def test_devices_by_the_name_that_torch_gives(torch_says: str, name: str) -> Non
     assert found is not None
     assert found.name == name
     assert load_devices(None).called("Tesla T4") is None
+
+
+def test_a_plan_and_the_metrics_reckon_with_the_same_peaks() -> None:
+    """The metrics know boards apart that a plan does not: it reckons with the fastest."""
+    table = load_devices(None)
+    for device in table.devices:
+        boards = [peaks for name, peaks in PEAKS.items() if table.called(name) == device]
+        assert boards
+        for dtype, told in (("bfloat16", device.bf16_tflops), ("fp8", device.fp8_tflops)):
+            known = [peaks[dtype] for peaks in boards if dtype in peaks]
+            assert (told or 0.0) == pytest.approx(max(known, default=0.0), rel=0.005)
 
 
 def test_a_users_table_takes_the_place_of_the_own(tmp_path: Path) -> None:

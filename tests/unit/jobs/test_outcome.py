@@ -162,24 +162,44 @@ def test_the_encoder_as_the_limit() -> None:
 def test_tiling_as_the_limit() -> None:
     slow = replace(COSTS, tile_cpu_per_tile=1.0)
     told = words(H100S, WORK, slow)
-    assert told.startswith("Tiling is the limit: 192 cores cut 192 tiles/s")
+    assert told.startswith("Tiling is the limit: 176 cores cut 176 tiles/s")
     assert "--resize fast" in told
-    assert "about 206 cores more" in told
+    assert "about 222 cores more" in told
     assert "--resize fast" not in words(H100S, WORK, slow, resize="fast")
+
+
+def test_cores_that_are_needed_are_those_that_feed_the_devices() -> None:
+    """And not those that go with a rate that too few of them are the reason of."""
+    few = judged(H100S, costs=replace(COSTS, tile_cpu_per_tile=1.0))
+    assert few.bottleneck == "tiling"
+    assert few.cores_needed == pytest.approx(8 * 49.68 * (1.0 + 0.0001 + 12.5e-6), rel=0.001)
+    enough = judged(H100S)
+    assert enough.cores_needed == pytest.approx(8 * 49.68 * (0.00238 + 0.0001 + 12.5e-6), rel=0.001)
+
+
+def test_machines_of_unknown_cores_limit_nothing() -> None:
+    prices = setting().prices
+    unknown = {**prices.devices, "H100": prices.devices["H100"].model_copy(update={"cores": None})}
+    table = prices.model_copy(update={"devices": unknown})
+    slow = replace(COSTS, stream_bytes_per_second=10e3)
+    found = judged(H100S, costs=slow, prices=table)
+    assert [limit.name for limit in found.limits] == ["encoder", "driver"]
+    assert found.cores is None
+    assert found.wall_seconds == pytest.approx(90 + 8e6 / (8 * 49.68), rel=0.001)
 
 
 def test_the_driver_as_the_limit() -> None:
     small = replace(WORK, shards=100_000, tiles=100_000, chunks=100_000)
     told = words(Fleet(8, "H100"), small)
     assert told.startswith("The driver is the limit: ")
-    assert "comes to 32 tiles/s; run 13 jobs" in told
+    assert "comes to 26 tiles/s; run 16 jobs" in told
     assert "these have 1 tiles each" in told
 
 
 def test_reading_as_the_limit() -> None:
     slow = replace(COSTS, stream_bytes_per_second=10e3)
     told = words(H100S, WORK, slow)
-    assert told.startswith("Reading is the limit: 48 readers of 0.01 MB/s each")
+    assert told.startswith("Reading is the limit: 44 readers of 0.01 MB/s each")
 
 
 def test_a_short_run_is_mostly_its_start() -> None:

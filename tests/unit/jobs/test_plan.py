@@ -18,8 +18,8 @@ from pipeline.chunks import TileSettings, tile_group
 from pipeline.records import Shard
 from pipeline.samples import ReadSettings, read_groups
 from pipeline.tiling import Tiling
-from tests.builders import run_cli, samples, tar_bytes
-from tests.outputs import edit_commit
+from tests.builders import run_cli, samples, tar_bytes, write_tar
+from tests.outputs import edit_commit, extract_plainly
 from tests.planning import write_input
 from tests.s3 import S3Server
 from tests.stages import STORAGE
@@ -123,6 +123,8 @@ def test_prices_and_devices_of_ones_own(folder: Path, tmp_path: Path) -> None:
     assert found.fleet.cores == 8
     unpriced = planned(folder, prices=str(prices), fleet=("2xL4",))
     assert unpriced.price.devices is None
+    assert any("does not tell the cores of L4 machines" in note for note in unpriced.notes)
+    assert not any("cores of" in note for note in found.notes)
 
 
 def test_shards_that_are_not_there(folder: Path) -> None:
@@ -190,6 +192,79 @@ def test_rates_of_a_run_on_a_gpu(copy: Path) -> None:
     found = planned(**options, fleet=("8xH200",), tensor_parallel=2)
     (rate,) = [rate for rate in found.rates if rate.name == "encoder"]
     assert (rate.basis, rate.value) == ("run", pytest.approx(50))  # 100 a replica of two
+
+
+def test_tiles_that_were_taken_over_tell_nothing_of_the_speed(run: Path) -> None:
+    def taken_over(commit: dict[str, Any]) -> None:
+        computed = 4 if commit["shard"] == "a" else 0
+        commit["reused"] = commit["tiles"] - computed
+        commit["seconds"] |= {"embed": 0.02 * computed, "tile": 0.01 * computed}
+
+    for shard in ("a", "a/b"):
+        edit_commit(run, shard, taken_over)
+    found = planned(from_output=str(run / "out"), model=str(run / "ckpt"))
+    values = {rate.name: rate.value for rate in found.rates}
+    assert values["encoder alone"] == pytest.approx(50)
+    assert values["tiling"] == pytest.approx(100)
+    edit_commit(run, "a", lambda commit: commit.update(reused=commit["tiles"]))
+    with pytest.raises(UserError, match="no tile was computed there"):
+        planned(from_output=str(run / "out"), model=str(run / "ckpt"))
+
+
+def test_the_ranks_that_computed_most_tell_the_rate(copy: Path) -> None:
+    tiles = {}
+
+    def by_gpu(commit: dict[str, Any]) -> None:
+        ranks = {"a": 2, "a/b": 1}[commit["shard"]]
+        how = {"device": "NVIDIA H200", "tensor_parallel": ranks, "attention": "x"}
+        commit["computed"] = [{**how, "batch_tiles": 4}]
+        commit["seconds"]["embed"] = {2: 0.01, 1: 0.025}[ranks] * commit["tiles"]
+        tiles[ranks] = commit["tiles"]
+
+    for shard in ("a", "a/b"):
+        edit_commit(copy, shard, by_gpu)
+    assert tiles[2] > tiles[1]
+    options = {"from_output": str(copy / "out"), "model": str(copy / "ckpt")}
+    found = planned(**options, fleet=("8xH200",), tensor_parallel=2)
+    (rate,) = [rate for rate in found.rates if rate.name == "encoder"]
+    assert (rate.basis, rate.value) == ("run", pytest.approx(50))
+    assert f"{tiles[2]:,} tiles on NVIDIA H200" in rate.source
+
+
+def test_a_plan_goes_by_the_version_that_is_read(run: Path) -> None:
+    folder = run / "out/versions/0123456789ab"
+    options: dict[str, Any] = {"tiling": "dynamic", "max_tiles": 2, "dtype": "bfloat16"}
+    commits = extract_plainly([run / "in"], folder, run / "ckpt", **options)
+    current = {"version": "0123456789ab", "fingerprint": "f", "switched_at": "2026-01-01T00:00Z"}
+    (run / "out/current.json").write_text(json.dumps(current))
+    found = planned(from_output=str(run / "out"), model=str(run / "ckpt"))
+    assert found.settings["max_tiles"] == 2
+    assert found.chosen.tiles == sum(commit.tiles for commit in commits)
+
+
+def test_a_share_that_few_pictures_show_is_no_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every shard was read, but some of the pictures alone were decoded."""
+    for shard in range(2):
+        members = samples(20, seed=shard, prefix=f"{shard}-")
+        for bad in range(0, 20, 2):  # headers are whole
+            name, image = members[bad * 3]
+            members[bad * 3] = (name, image[: len(image) * 2 // 3])
+        write_tar(tmp_path / f"{shard}.tar", members)
+    found = planned(tmp_path, tiling="dynamic", max_tiles=4, max_reject_rate=1.0)
+    share = found.chosen.pictures / 40
+    assert 0 < share < 1
+    assert found.sample.decoded_pictures == 10
+    for interval in (found.pictures, found.tiles, found.rejects):
+        assert interval.low is not None
+        assert interval.high is not None
+        assert interval.low < interval.value < interval.high
+    margin = 1.959964 * (share * (1 - share) / 10) ** 0.5
+    assert found.pictures.low == pytest.approx(40 * (share - margin))
+    assert sum(found.chosen.tile_counts.values()) == pytest.approx(found.chosen.pictures)
+    show_plan(found)
+    assert "counted" not in capsys.readouterr().out
 
 
 def test_a_run_is_not_contradicted(made: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from jobs.config import ExtractConfig, tiling_of
 from jobs.extract import describe
-from jobs.recompute import recorded_tiling
+from jobs.recorded import recorded_settings
 from model.checkpoint import Checkpoint, open_checkpoint
 from model.errors import UserError
 from pipeline.tiling import plan_tiles
@@ -51,7 +51,7 @@ def test_the_tiling_is_read_back(options: dict[str, Any], checkpoint: Checkpoint
     sizes = checkpoint.preprocessor
     assert sizes.resize_to == 64
     expected = tiling_of(config, sizes.crop, sizes.resize_to)
-    found = recorded_tiling(describe(config, checkpoint))
+    found = recorded_settings(describe(config, checkpoint), "o").as_tiling()
     assert (found.mode, found.tile_size, found.resize) == (expected.mode, 56, expected.resize)
     for width, height in SIZES:
         assert plan_tiles(width, height, found) == plan_tiles(width, height, expected)

@@ -13,17 +13,20 @@ import pytest
 import jobs.reindex as reindex_module
 from jobs.config import ExtractConfig
 from jobs.extract import Job, Summary, extract
-from jobs.reindex import Reindexed, Wishes, reindex
+from jobs.reindex import Reindexed, Wishes, by_source, prune, reindex
 from jobs.reindex_plan import ClassPlan, Rates, ReindexPlan, show_plan
 from jobs.status import read_status
+from jobs.terminal import BrokenRunError
 from jobs.verify import verify
 from model.errors import UserError
-from pipeline.commits import Failure
+from pipeline import lease as lease_module
+from pipeline.commits import Failure, read_commits
 from pipeline.comparison import Totals
-from pipeline.lease import held
+from pipeline.lease import LeaseLostError, held, lease_url
 from pipeline.records import Shard
+from pipeline.replaced import mark_of
 from tests.builders import files_below, samples, write_tar
-from tests.outputs import extract_plainly
+from tests.outputs import edit_commit, extract_plainly
 from tests.stages import STORAGE
 
 OPTIONS: dict[str, Any] = {
@@ -120,8 +123,8 @@ def test_rejects_are_retried_when_asked(copy: Path, no_ray: list[list[Shard]]) -
     assert counts(run(copy, Wishes(rejects=True)).plan) == {"retry": 1, "unchanged": 1}
     ((shard,),) = no_ray
     assert shard.name == "a"
-    commit = json.loads((copy / "out/commits/a.json").read_bytes())
-    assert json.loads(shard.before) == commit
+    (commit,) = read_commits(str(copy / "out"), ["a"], STORAGE)
+    assert shard.before == mark_of(commit)
 
 
 def test_what_is_taken_over_is_reported(copy: Path, no_ray: list[list[Shard]]) -> None:
@@ -183,6 +186,81 @@ def test_what_is_still_beside_the_others_is_not_pruned(
         *("commits/a/c.json", "embeddings/a/c.parquet"),
     }
     assert "shard a/b is not in INPUT, but its tar is still there: not pruned" in caplog.messages
+
+
+def test_what_is_still_there_is_not_pruned_when_input_is_a_narrower_folder(copy: Path) -> None:
+    """Names are then relative to another folder: where a tar is, its commit says."""
+    write_tar(copy / "in/b?/c.tar", samples(2, seed=5))
+    (copy / "in/a/b.tar").unlink()
+    committed = [*read_commits(str(copy / "out"), ["a", "a/b"], STORAGE)]
+    shard = Shard(f"{copy}/in/b?/c.tar", "c")
+    with held(str(copy / "out"), "run", STORAGE) as lease:
+        pruned, kept = prune(str(copy / "out"), [shard], ["a", "a/b"], lease, STORAGE)
+    assert (pruned, kept) == (("a/b",), ("a",))
+    assert [*read_commits(str(copy / "out"), ["a"], STORAGE)] == committed[:1]
+
+
+def test_a_tar_whose_address_lost_its_signature_is_not_pruned(copy: Path) -> None:
+    """A commit keeps no query, and without it nobody can tell that the tar is gone."""
+    url = "https://h.invalid/a.tar"
+    edit_commit(copy, "a", lambda commit: commit["source"].update(url=url))
+    others = [Shard("https://h.invalid/c.tar?sig=1", "c")]
+    (found,) = by_source(str(copy / "out"), ["a"], others, STORAGE)
+    assert found == ([], ["a"])
+    twice = [Shard(f"{url}?sig=1", "x/a")]  # committed as `x/a` too: `a` is the double
+    ((gone, there),) = by_source(str(copy / "out"), ["a"], twice, STORAGE)
+    assert ([commit.shard for commit in gone], there) == (["a"], [])
+
+
+def test_input_given_otherwise_is_refused(copy: Path) -> None:
+    """By `reindex` and by `extract`, before anything is computed."""
+    config = config_of(copy).model_copy(update={"input": (f"{copy}/in/a",)})
+    before = files_below(copy / "out")
+    says = r"/in/a/b\.tar: shard b of INPUT is committed as shard a/b"
+    with pytest.raises(UserError, match=says):
+        reindex(config, Wishes(dry_run=True), lambda plan: None)
+    with pytest.raises(UserError, match=says):
+        extract(config)
+    assert files_below(copy / "out") == before
+
+
+def test_readers_are_not_led_to_less_than_they_have(
+    copy: Path, no_ray: list[list[Shard]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """INPUT was narrower than before: a new version of it alone is not what readers want."""
+    narrow = config_of(copy, max_tiles=2).model_copy(update={"input": (f"{copy}/in/a.tar",)})
+    done = reindex(narrow, Wishes(), lambda plan: None)
+    assert (done.switched, done.left_behind, done.exit_status) == (False, 1, 0)
+    assert done.to_json()["left_behind"] == 1
+    assert not (copy / "out/current.json").exists()
+    (message,) = [m for m in caplog.messages if "readers" in m]
+    assert "1 shards that readers have now are not in INPUT, and their tars are still" in message
+    (copy / "in/a/b.tar").unlink()  # then nothing is lost
+    assert reindex(narrow, Wishes(), lambda plan: None).switched
+
+
+def test_a_lease_that_is_lost_meanwhile_is_one_line(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other run holds OUTPUT; this one was at work in a version below it."""
+    monkeypatch.setattr(lease_module, "PATIENCE_SECONDS", 0.0)  # asked at each look
+    ended: list[Job] = []
+
+    def run_job(job: Job, pending: Sequence[Shard], local_cluster: bool) -> Summary:
+        job.assure()
+        STORAGE.publish_bytes(lease_url(str(copy / "out"), 2), b"")
+        with pytest.raises(LeaseLostError, match="taken over"):
+            job.assure()
+        with pytest.raises(LeaseLostError, match="taken over"):
+            job.check()
+        ended.append(job)
+        return Summary(len(job.request.shards), 0, len(pending), 1, 8, {}, (), 1.0)
+
+    monkeypatch.setattr(reindex_module, "run_job", run_job)
+    with pytest.raises(BrokenRunError, match=r"the run stops: .* taken over .* that run goes on"):
+        run(copy, max_tiles=2)
+    assert len(ended) == 1
+    assert not (copy / "out/current.json").exists()
 
 
 def test_names_that_would_come_to_collide_are_refused(copy: Path) -> None:

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from jobs.ray_jobs import Job, UnknownJobError
+from jobs.ray_jobs import Job, KnownJobError, UnknownJobError, UnreachableError
 from jobs.schedule import RayRunner, Schedule, last_document, show_history
 from jobs.schedule_history import LOST, NOT_SUBMITTED, Run, held_history, read_history
 from jobs.submit import Place
+from jobs.terminal import BrokenRunError
 from jobs.timetable import Timetable
 from model.errors import UserError
 from tests.builders import cli_env
@@ -55,15 +56,19 @@ class FakeRunner:
 
     def submit(self, run: str) -> None:
         self.fail(run)
-        going_on = [r for r in self.begun if not self.job(r).over]
+        if run in self.begun:
+            raise KnownJobError(f"job {run}: the cluster has one of that id already")
+        going_on = [r for r in self.begun if not self._is_over(r)]
         self.at_once = max(self.at_once, 1 + len(going_on))
         self.begun[run] = self.clock.now()
 
     def job(self, run: str) -> Job:
         if run not in self.begun:
             raise UnknownJobError(f"job {run}: unknown")
-        over = self.clock.now() >= self.begun[run] + timedelta(minutes=self.minutes)
-        return Job(run, "SUCCEEDED" if over else "RUNNING", "", "", {}, 1.0, None, 0)
+        return Job(run, "SUCCEEDED" if self._is_over(run) else "RUNNING", "", "", {}, 1.0, None, 0)
+
+    def _is_over(self, run: str) -> bool:
+        return self.clock.now() >= self.begun[run] + timedelta(minutes=self.minutes)
 
     def log(self, run: str) -> str:
         return f"a line\n{json.dumps(SUMMARY, indent=1)}\nthe end\n"
@@ -148,28 +153,106 @@ def test_a_run_that_the_cluster_lost_is_made_up_once(bench: Bench) -> None:
     assert bench.dues() == [30, 30]
 
 
-def test_a_cluster_that_loses_every_run_is_not_asked_again_and_again(bench: Bench) -> None:
-    def lose(run: str) -> None:
-        raise ConnectionError("reset")
+def test_a_run_that_is_lost_each_time_waits_for_the_next(bench: Bench) -> None:
+    """Taken, and unknown at the next look: as by a cluster that is made anew again and again."""
+    real = bench.runner.job
 
-    bench.runner.fail = lose
+    def forget(run: str) -> Job:
+        bench.runner.begun.pop(run, None)
+        return real(run)
+
+    looks: list[str] = []
+
+    def look(run: str) -> Job:
+        looks.append(run)
+        return real(run) if looks.count(run) == 1 else forget(run)
+
+    bench.runner.job = look  # type: ignore[method-assign]
     runs = bench.run(80)
     assert [run.end and run.end.status for run in runs] == [LOST] * 4
     assert bench.dues() == [30, 30, 60, 60]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [ConnectionError("reset"), BrokenRunError("status code 500"), UnreachableError("no cluster")],
+)
+def test_a_run_is_owed_while_the_cluster_is_away(bench: Bench, error: Exception) -> None:
+    """At a cold start, too. It is submitted when the cluster is there again, once for all times
+    that passed."""
+
+    def away(run: str) -> None:
+        if bench.clock.now() < NOON + timedelta(minutes=100):
+            raise error
+
+    bench.runner.fail = away
+    runs = bench.run(122)
+    assert bench.dues() == [30, 90, 120]
+    assert [run.end and run.end.status for run in runs] == ["SUCCEEDED", "SUCCEEDED", None]
+    assert list(bench.runner.begun) == [run.start.run for run in runs]
+    assert sum(str(error) in line for line in bench.said) == 1, "said once"
+
+
+def test_a_lost_acknowledgement_starts_no_second_job(bench: Bench) -> None:
+    """The cluster took it, and tells of it only when the way to it is whole again."""
+    real_job = bench.runner.job
+    answers = [ConnectionError("reset"), ConnectionError("reset")]
+
+    def lose_the_answer(run: str) -> None:
+        if answers:
+            bench.runner.begun.setdefault(run, bench.clock.now())
+            raise answers.pop()
+
+    def late(run: str) -> Job:
+        if answers:
+            raise UnknownJobError(f"job {run}: unknown")
+        return real_job(run)
+
+    bench.runner.fail = lose_the_answer
+    bench.runner.job = late  # type: ignore[method-assign]
+    (run,) = bench.run(50)
+    assert run.end is not None
+    assert run.end.status == "SUCCEEDED"
+    assert list(bench.runner.begun) == [run.start.run]
+    assert answers == []
+
+
+@pytest.mark.parametrize("error", [BrokenRunError("its node is gone"), TimeoutError("60 s")])
+def test_a_log_that_is_gone_does_not_stop_the_schedule(bench: Bench, error: Exception) -> None:
+    def gone(run: str) -> str:
+        raise error
+
+    bench.runner.log = gone  # type: ignore[method-assign]
+    runs = bench.run(70)
+    assert bench.dues() == [30, 60]
+    for run in runs:
+        assert run.end is not None
+        assert (run.end.status, run.end.exit, run.end.changed) == ("SUCCEEDED", 0, None)
+        assert run.end.message == f"its log cannot be read: {error}"
+
+
+def test_a_clock_that_was_ahead_for_a_time_stops_nothing(bench: Bench) -> None:
+    bench.clock.moment = NOON + timedelta(days=400, minutes=1)
+    bench.run(40)
+    bench.clock.moment = NOON + timedelta(minutes=1)
+    bench.run(70)
+    assert bench.dues()[1:] == [30, 60]
+    (line,) = [line for line in bench.said if "the clock was set back" in line]
+    assert "due 2027-12-29 12:30 UTC" in line
+
+
 def test_what_cannot_be_submitted_is_told_and_the_next_time_tries_again(bench: Bench) -> None:
     def refuse(run: str) -> None:
         if bench.clock.now() < NOON + timedelta(minutes=45):
-            raise UserError("http://h:8265: no Ray cluster answers there")
+            raise UserError("the Ray cluster refuses this user's token")
 
     bench.runner.fail = refuse
     runs = bench.run(70)
     assert [run.end and run.end.status for run in runs] == [NOT_SUBMITTED, "SUCCEEDED"]
     assert bench.dues() == [30, 60]
     assert runs[0].end is not None
-    assert "no Ray cluster answers" in runs[0].end.message
-    assert any("no Ray cluster answers" in line for line in bench.said)
+    assert "refuses" in runs[0].end.message
+    assert any("refuses" in line for line in bench.said)
 
 
 def test_a_cluster_that_is_away_for_a_while_is_waited_for(bench: Bench) -> None:

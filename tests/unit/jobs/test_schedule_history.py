@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import resource
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from jobs.schedule_history import End, Start, held_history, read_history
+from jobs.terminal import BrokenRunError
 from model.errors import UserError
 
 NOON = datetime(2026, 11, 24, 12, tzinfo=UTC)
@@ -41,6 +43,26 @@ def test_half_a_line_of_a_dead_writer_is_dropped(tmp_path: Path, cut: int) -> No
         assert [run.end for run in history.runs] == [None]
         history.append(END)
     assert file.read_bytes() == whole
+
+
+@pytest.mark.parametrize("room", [0, 10])
+def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path, room: int) -> None:
+    """Half a line, or none: either is taken back, and one line says so."""
+    file = tmp_path / "history.jsonl"
+    with held_history(file) as history:
+        history.append(START)
+        whole = file.read_bytes()
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + room, limits[1]))
+        try:
+            with pytest.raises(BrokenRunError, match=r"history\.jsonl: cannot be written: "):
+                history.append(END)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert file.read_bytes() == whole
+        assert [run.end for run in history.runs] == [None]
+        history.append(END)
+    assert [run.end for run in read_history(file)] == [END]
 
 
 def test_two_schedules_do_not_share_a_history(tmp_path: Path) -> None:

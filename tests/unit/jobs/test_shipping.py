@@ -20,7 +20,7 @@ def test_code_and_files_and_nothing_else(tmp_path: Path) -> None:
     assert (tmp_path / "job.yaml").read_bytes() == b"x: 1\n"
     shipped = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
     kinds = {Path(name).suffix for name in shipped}
-    assert kinds == {".py", ".yaml", ".css", ""}, kinds
+    assert kinds == {".py", ".yaml", ".css", ".html", ".js", ""}, kinds
     for package in ("model", "pipeline", "jobs"):
         sources = {str(p.relative_to(REPOSITORY)) for p in (REPOSITORY / package).glob("*.py")}
         assert sources <= shipped

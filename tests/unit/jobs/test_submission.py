@@ -49,11 +49,12 @@ def test_a_config_file_travels_and_its_paths_hold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    text = "input: [in]\noutput: out\nmodel: Org/Vit\ntiling: dynamic\n"
-    (tmp_path / "my.yaml").write_text(text)
+    text = "input: [in]\noutput: out\nmodel: Org/Vit\ntiling: dynamic\nmax_upscale: 2.0\n"
+    (tmp_path / "my.yaml").write_text(f"# my {SECRET}\n{text}")
     submission = prepare(["extract", "--config", "my.yaml"])
     _, values = parsed(submission.entrypoint)
-    assert submission.files == {CONFIG: text.encode()}
+    assert submission.files.keys() == {CONFIG}
+    assert submission.files[CONFIG].decode() == text.replace(" [in]", "\n- in"), "no comments"
     assert str(values["config"]) == CONFIG
     assert values["paths"] == [f"{tmp_path}/in", f"{tmp_path}/out"]
 
@@ -66,6 +67,21 @@ def test_a_list_of_shards_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (name,) = submission.files
     assert values["paths"] == [f"@{name}", f"{tmp_path}/out"]
     assert submission.files[name].decode() == f"s3://b/a.tar\n{tmp_path}/local.tar\n"
+
+
+def test_a_hub_id_gives_a_digest_of_what_decides_the_fingerprint() -> None:
+    def digest(*options: str) -> str:
+        submission = prepare(["s3://b/in", "s3://b/out", "--model", "Org/Vit", *options])
+        assert "fingerprint" not in submission.metadata
+        return submission.metadata["settings"]
+
+    others = [
+        ("--tiling", "dynamic"), ("--tiling", "dynamic", "--max-tiles", "6"), ("--layer", "-4"),
+        ("--revision", "abc"), ("--carry", "txt"), ("--features", "cls,mean"),
+    ]  # fmt: skip
+    assert len({digest(), *(digest(*options) for options in others)}) == 1 + len(others)
+    same = [("--replicas", "4"), ("--batch-tiles", "8"), ("--max-tiles", "6")]
+    assert {digest(*options) for options in same} == {digest()}
 
 
 def test_a_checkpoint_on_this_machine_gives_the_fingerprint(tmp_path: Path) -> None:
@@ -81,11 +97,14 @@ def test_a_checkpoint_on_this_machine_gives_the_fingerprint(tmp_path: Path) -> N
 
 def test_verify_is_submitted_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    submission = prepare(["verify", "out", "--input", "in", "--recompute", "3"])
+    (tmp_path / "ckpt").mkdir()
+    submission = prepare(
+        ["verify", "out", "--input", "in", "--recompute", "3", "--model", "./ckpt"]
+    )
     verb, values = parsed(submission.entrypoint)
     assert verb == "verify"
     assert (values["output"], values["source"]) == (f"{tmp_path}/out", [f"{tmp_path}/in"])
-    assert values["recompute"] == 3
+    assert (values["recompute"], values["model"]) == (3, f"{tmp_path}/ckpt")
     assert submission.metadata["output"] == f"{tmp_path}/out"
 
 
@@ -97,6 +116,8 @@ def test_verify_is_submitted_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ["a.tar", f"s3://k:{SECRET}@b/out", "--model", "m"],
         [f"https://h/a.tar?X-Amz-Signature={SECRET}", "out", "--model", "m"],
         ["a.tar", "out", "--model", "m", "--config", "secret.yaml"],
+        ["a.tar", "out", "--model", "m", "--config", "text.yaml"],
+        ["a.tar", "out", "--model", "m", "--config", "text.yaml", "--storage-options", "{}"],
         ["@secret.txt", "out", "--model", "m"],
         ["verify", "out", "--storage-options", json.dumps({"token": SECRET})],
     ],
@@ -106,6 +127,9 @@ def test_a_secret_is_refused_and_not_repeated(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "secret.yaml").write_text(f"storage_options: {{secret: {SECRET}}}\n")
+    (tmp_path / "text.yaml").write_text(
+        f'storage_options: \'{{"key": "k", "secret": "{SECRET}"}}\'\n'
+    )
     (tmp_path / "secret.txt").write_text(f"https://h/a.tar?sig={SECRET}\n")
     with pytest.raises(UserError, match="everybody who has the cluster's token") as caught:
         prepare(arguments)
@@ -120,9 +144,14 @@ def test_a_secret_is_refused_and_not_repeated(
         (["a.tar", "out"], "model: missing"),
         (["a.tar", "out", "--model", "m", "--tiling", "round"], "tiling"),
         (["@none.txt", "out", "--model", "m"], "none.txt"),
+        (["@latin.txt", "out", "--model", "m"], r"latin.txt: cannot read .* byte 4 is not UTF-8"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_sent(arguments: list[str], said: str) -> None:
+def test_mistakes_are_told_before_anything_is_sent(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "latin.txt").write_bytes(b"in/n\xe9.tar\n")
     with pytest.raises(UserError, match=said):
         prepare(arguments)
 

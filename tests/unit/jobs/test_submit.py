@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from jobs import submit as submit_module
 from jobs.ray_jobs import Cluster, Job
 from jobs.submission import Submission
 from jobs.submit import Place, follow_to_end, parse_resources, show_jobs, submit
+from jobs.terminal import BrokenRunError
 from model.errors import UserError
 from tests.builders import cli_env
 
@@ -47,6 +49,18 @@ def test_code_files_and_metadata_are_handed_over() -> None:
     assert taken["runtime_env"]["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "60"}
     assert (taken["submission_id"], taken["metadata"]) == ("mine", {"verb": "extract"})
     assert taken["entrypoint"] == "python -m jobs.cli extract"
+
+
+def test_a_full_disk_is_one_line() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(BrokenRunError, match="the job's files cannot be put into") as told:
+            submit(Cluster(None), SUBMISSION, Place())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(told.value)
+    assert len(str(told.value)) < 200, "not of every file"
 
 
 def test_the_driver_asks_for_nothing_unless_it_is_told_to() -> None:

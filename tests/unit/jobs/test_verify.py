@@ -190,6 +190,17 @@ def other_counts(root: Path) -> None:
     edit_commit(root, "a", lambda commit: commit.update(tiles=commit["tiles"] + 1))
 
 
+def other_histogram(root: Path) -> None:
+    def move(commit: dict[str, Any]) -> None:
+        commit["tile_counts"]["1"] = commit["tile_counts"].pop("3")
+
+    edit_commit(root, "a/b", move)
+
+
+def other_codes(root: Path) -> None:
+    edit_commit(root, "a", lambda commit: commit.update(reject_codes={"decode/memory": 1}))
+
+
 def truncated_commit(root: Path) -> None:
     path = root / "out/commits/a.json"
     path.write_bytes(path.read_bytes()[:-20])
@@ -245,6 +256,11 @@ CASES: list[tuple[Mutation, list[str]]] = [
     ),
     (other_fingerprint, ["commits/a.json: made with another fingerprint (000000000000;"]),
     (other_counts, ["commits/a.json: "]),
+    (other_histogram, ["shard a/b: pictures by their tiles: {1: 5} in the commit, {3: 5} there"]),
+    (
+        other_codes,
+        ["shard a: rejects by their codes: {'decode/memory': 1} in the commit, {'decode"],
+    ),
     (truncated_commit, ["commits/a.json: the document: Invalid JSON"]),
     (commit_of_another_shard, ["commits/a/b.json: it is of another shard, a"]),
     (edited_dataset, ["dataset.json: its fingerprint is not that of its settings"]),

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from pipeline import samples as samples_module
-from pipeline.chunks import Chunk
+from pipeline.chunks import CHUNK_BYTES, Chunk, chunk_tiles
+from pipeline.layout import Layout
 from pipeline.tiling import cut_tiles, picture_size, plan_tiles
 from tests.builders import picture, write_tar
 from tests.stages import TILING, tile_shard
@@ -133,13 +134,13 @@ def test_rejects_of_reading_come_along_once(tmp_path: Path) -> None:
 
 
 def test_a_picture_that_takes_too_long_is_a_reject(tmp_path: Path) -> None:
-    before = signal.getsignal(signal.SIGALRM)
+    before = signal.getsignal(signal.SIGPROF)
     chunks = tile_shard(write_shard(tmp_path, [picture(1500, 1500)]), deadline_seconds=1e-4)
     (row,) = chunks[0].rejects.to_pylist()
     assert (row["stage"], row["error"]) == ("decode", "deadline")
     assert "0.0001 s" in row["message"]
-    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
-    assert signal.getsignal(signal.SIGALRM) == before
+    assert signal.getitimer(signal.ITIMER_PROF) == (0, 0)
+    assert signal.getsignal(signal.SIGPROF) == before
 
 
 def test_a_chunk_survives_its_way_as_a_row(tmp_path: Path) -> None:
@@ -149,3 +150,19 @@ def test_a_chunk_survives_its_way_as_a_row(tmp_path: Path) -> None:
     assert again.rows.equals(chunk.rows)
     assert again.rejects.equals(chunk.rejects)
     np.testing.assert_array_equal(again.tiles, chunk.tiles)
+
+
+def test_chunks_of_tokens_are_bounded_in_bytes() -> None:
+    """6.56 MB a tile of the 6B in float16; vectors leave the number as it is."""
+    tokens = Layout("webdataset", {"tokens": (1025, 3200)}, "float16", ()).tile_bytes
+    both = Layout("parquet", {"cls": 3200, "mean": 3200}, "float32", ()).tile_bytes
+    assert (tokens, both) == (1025 * 3200 * 2, 2 * 3200 * 4)
+    assert [chunk_tiles(most, both, device) for most, device in ((32, "cpu"), (128, "cuda"))] == [
+        32,
+        128,
+    ]
+    assert [chunk_tiles(most, tokens, device) for most, device in ((32, "cpu"), (128, "cuda"))] == [
+        10,
+        20,
+    ]
+    assert chunk_tiles(32, CHUNK_BYTES["cpu"] + 1, "cpu") == 1  # never none

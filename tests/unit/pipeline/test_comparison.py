@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
+from model.errors import UserError
 from pipeline import sources
 from pipeline.commits import Commit, Computed, PartFile, Source, StageSeconds
 from pipeline.comparison import Comparison, Totals, compare
 from pipeline.records import Shard
+from pipeline.replaced import mark_of
 from pipeline.shards import list_shards
 from pipeline.sources import source_infos
 from pipeline.storage import FileInfo, Storage
@@ -78,11 +80,31 @@ def test_classes_and_their_sums() -> None:
     assert found.totals["vanished"].shards == 2
     before = {shard.name: shard.before for shard in found.pending}
     assert before["f"] == ""
-    assert Commit.parse(before["c"].encode(), "c") == commits[2]
+    marks = [before[name] for name in "bcd"]
+    assert marks == [mark_of(commit) for commit in commits[1:4]]
+    assert len(set(marks)) == 3
+    assert {len(mark) for mark in marks} == {32}, "as many as all of INPUT wait in the driver"
     again = compare(shards, infos, commits, FINGERPRINT, retry_rejects=True)
     assert names(again) == {**names(found), "retry": ["e"]}
     assert again.totals["unchanged"].shards == again.totals["retry"].shards == 1
     assert [shard.name for shard in again.pending] == ["b", "c", "d", "e", "f"]
+
+
+def test_a_tar_that_is_committed_under_another_name_is_not_computed_again() -> None:
+    """INPUT was `in/x`, a single shard or a list; now it is `in`."""
+    info = FileInfo(100, "x")
+    shards = [Shard("s3://u:p@b/in/x/a.tar", "x/a"), Shard("s3://b/in/b.tar", "b")]
+    infos: dict[str, FileInfo | None] = {"x/a": info, "b": info}
+    source = Source(url="s3://b/in/x/a.tar", size=100, etag="x")
+    old = commit("a", info).model_copy(update={"source": source})
+    with pytest.raises(UserError, match="shard x/a of INPUT is committed as shard a,") as told:
+        compare(shards, infos, [old], FINGERPRINT)
+    assert str(told.value).startswith("s3://b/in/x/a.tar: ")
+    assert "(the folder s3://b/in/x/, or" in str(told.value)
+    both = compare(shards, infos, [old, old.model_copy(update={"shard": "x/a"})], FINGERPRINT)
+    assert names(both)["vanished"] == ["a"], "doubled by an earlier version: `--prune` removes it"
+    elsewhere = commit("a", info)
+    assert names(compare(shards, infos, [elsewhere], FINGERPRINT))["new"] == ["x/a", "b"]
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pytest
 
-from pipeline import storage as storage_module
+from pipeline import retries
 from pipeline.chunks import Chunk
 from pipeline.embedding import (
     Embedded,
     embed_chunk,
-    feature_values,
+    narrow,
     part_folder,
     read_part,
     reject_chunk,
@@ -23,6 +23,7 @@ from pipeline.embedding import (
 )
 from pipeline.records import Part
 from pipeline.storage import Storage
+from pipeline.vectors import feature_values
 from tests.builders import picture, write_tar
 from tests.stages import WIDTH, encode, part_settings, tile_shard
 
@@ -60,7 +61,7 @@ BOTH = {"cls": WIDTH, "mean": WIDTH}
 
 
 def test_values_stand_beside_their_tiles(chunk: Chunk, tmp_path: Path) -> None:
-    settings = part_settings(tmp_path, {"mean": WIDTH, "cls": WIDTH})
+    settings = part_settings(tmp_path, {"mean": WIDTH, "cls": WIDTH}, "float32")
     embedded = embed_chunk(chunk, encode, settings)
     for name in ("mean", "cls"):
         stored = feature_values(embedded.rows[name], WIDTH)
@@ -127,7 +128,7 @@ def test_a_part_holds_the_values_in_their_final_type(chunk: Chunk, tmp_path: Pat
 def test_a_part_that_is_not_what_was_written_is_an_error(
     chunk: Chunk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage_module, "FIRST_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(retries, "FIRST_PAUSE_SECONDS", 0.0)
     settings = part_settings(tmp_path, BOTH)
     part = write_part(embed_chunk(chunk, encode, settings), settings)
     written = Path(settings.folder) / part.file
@@ -177,3 +178,32 @@ def test_part_folders_of_nested_shards_lie_side_by_side() -> None:
     names = [part_folder(shard) for shard in ("a", "a/b", "a/b/c", "a-00000")]
     assert len(set(names)) == 4
     assert not any("/" in name for name in names)
+
+
+@pytest.mark.parametrize("given", ["float32", "float16"])
+def test_narrowing_tells_what_is_not_finite_from_what_does_not_fit(given: str) -> None:
+    """A picture of each kind; float16 comes with the marks of the encoder."""
+    large = 65_520 if given == "float32" else np.inf
+    broken = np.inf if given == "float32" else np.nan
+    values = np.ones((4, 3), given)
+    values[1, 2], values[2, 0], values[3, 1] = large, broken, np.nan
+    narrowed, finite, fitting = narrow(values, "float16")
+    assert narrowed.dtype == np.float16
+    assert finite.tolist() == [True, True, False, False]
+    assert fitting.tolist() == [True, False, False, False]
+    if given == "float32":
+        _, finite, fitting = narrow(values, "float32")
+        assert finite.tolist() == fitting.tolist() == [True, True, False, False]
+
+
+def test_a_picture_that_is_both_is_one_reject(chunk: Chunk, tmp_path: Path) -> None:
+    """Tile 1 of it is too large, tile 2 not finite; another picture is too large."""
+    settings = part_settings(tmp_path, BOTH)
+    values = spoiled(1, 65_520)
+    values["mean"][2, 0], values["mean"][4, 0] = np.nan, 70_000
+    embedded = embed_chunk(chunk, lambda tiles: values, settings)
+    assert embedded.rows["sample_index"].to_pylist() == [0]
+    assert codes(embedded.rejects) == [
+        BEFORE, (1, "embed", "non-finite"), (2, "write", "overflow")
+    ]  # fmt: skip
+    assert write_part(embedded, settings).samples == 4

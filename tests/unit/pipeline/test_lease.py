@@ -15,7 +15,15 @@ import pytest
 
 from model.errors import UserError
 from pipeline import lease as lease_module
-from pipeline.lease import Holder, Lease, LeaseLostError, acquire, held, lease_url
+from pipeline.lease import (
+    Holder,
+    Lease,
+    LeaseLostError,
+    acquire,
+    held,
+    lease_url,
+    refuse_if_lost,
+)
 from pipeline.storage import Storage
 from tests.builders import REPOSITORY
 from tests.s3 import S3_SERVERS, S3Server
@@ -220,6 +228,29 @@ def test_a_paused_holder_finds_that_its_successor_has_ended(
     put(place, 1, holder())  # numbered anew by a third
     lease.release()
     assert leases(place) == ["lease-000000001.json"]
+
+
+def test_a_task_of_a_paused_holder_knows_a_third_run_from_its_own(
+    place: tuple[Storage, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second has ended, so the third has the first one's number again."""
+    storage, output = place
+    monkeypatch.setattr(lease_module, "RENEW_SECONDS", 3600.0)
+    monkeypatch.setattr(lease_module, "_is_here", lambda holder: False)
+    first = acquire(output, "first", storage)
+    refuse_if_lost(output, first.number, first.run, storage)
+    acquire(output, "second", storage, patience_seconds=0.0).release()
+    third = acquire(output, "third", storage)
+    assert third.number == first.number
+    with pytest.raises(LeaseLostError, match="lease is gone"):
+        refuse_if_lost(output, first.number, first.run, storage)
+    refuse_if_lost(output, third.number, third.run, storage)
+    monkeypatch.setattr(lease_module, "PATIENCE_SECONDS", 0.0)
+    with pytest.raises(LeaseLostError, match="lease is gone"):
+        first.assure()
+    first.release()
+    third.release()
+    assert storage.list_files(output) == {}
 
 
 def test_a_renewal_that_comes_after_its_successor_has_ended_is_no_renewal(

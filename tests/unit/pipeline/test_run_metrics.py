@@ -9,7 +9,7 @@ import pytest
 from pipeline.ledger import CompleteShard
 from pipeline.metrics import METRICS
 from pipeline.records import Compute, Head, Part, Seconds, ShardEnd, Work
-from pipeline.run_metrics import FLUSH_SECONDS, RunMetrics
+from pipeline.run_metrics import FLUSH_SECONDS, Living, RunMetrics
 from tests.book import Book
 from tests.unit.pipeline.test_commits import commit
 
@@ -24,13 +24,16 @@ class Clock:
         return self.now
 
 
-def run_metrics(shards: int = 4, peak: float | None = 100.0) -> tuple[RunMetrics, Book, Clock]:
+def run_metrics(
+    shards: int = 4, peak: float | None = 100.0, living: Living = lambda: {"a"}
+) -> tuple[RunMetrics, Book, Clock]:
     def peak_flops(device: str, dtype: str) -> float | None:
         assert (device, dtype) == ("a GPU", "bfloat16")
         return peak
 
     book, clock = Book(), Clock()
-    return RunMetrics(book, shards, TILE_FLOP, "bfloat16", peak_flops, clock), book, clock
+    metrics = RunMetrics(book, shards, TILE_FLOP, "bfloat16", peak_flops, living, clock)
+    return metrics, book, clock
 
 
 def part(work: Work | None = None, **fields: object) -> Part:
@@ -123,15 +126,56 @@ def test_without_a_known_peak_no_share_of_it_is_told() -> None:
     assert not [name for name in book.gauges if name.startswith("replica_ceiling")]
 
 
-def test_a_replica_that_gave_nothing_for_minutes_is_told_no_more() -> None:
+def test_a_replica_that_hears_nothing_is_told_starved_while_the_run_lives() -> None:
     metrics, book, clock = run_metrics()
-    metrics.part(part(Work("n1", "a", 16, 1.0, 3.0)))
+    metrics.part(part(Work("n1", "a", 16, 19.0, 1.0)))
+    for silence, starved in ((0, 1), (38, 1), (39, 40), (121, 122), (1399, 1400)):
+        clock.now = Clock.now + silence
+        metrics.flush()
+        assert book.gauges["replicas"] == 1
+        share = starved / (19 + starved)
+        assert book.gauges["replica_starved_share n1 a"] == pytest.approx(share)
+        assert book.gauges["replica_busy_share n1 a"] == pytest.approx(1 - share)
+        assert book.gauges["replica_tiles_per_second n1 a"] == pytest.approx(16 / (19 + starved))
+    # The next chunk says the same: nothing jumps.
+    metrics.part(part(Work("n1", "a", 16, 1.0, 1398.0)))
     metrics.flush()
+    assert book.gauges["replica_starved_share n1 a"] == pytest.approx(1398 / 1399)
+    assert book.counters["replica_seconds n1 a starved"] == 1399
+
+
+def test_chunks_of_less_than_a_second_are_no_stall_until_ten_are_over() -> None:
+    metrics, book, clock = run_metrics()
+    metrics.part(part(Work("n1", "a", 16, 0.5, 0.0)))
+    clock.now += 10
+    metrics.flush()
+    assert book.gauges["replica_starved_share n1 a"] == 0
+    clock.now += 0.5
+    metrics.flush()
+    assert book.gauges["replica_starved_share n1 a"] == pytest.approx(10.5 / 11)
+
+
+def test_a_replica_that_is_gone_is_told_no_more() -> None:
+    asked = []
+
+    def living() -> set[str]:
+        asked.append(clock.now)
+        return {"b"}
+
+    metrics, book, clock = run_metrics(living=living)
+    metrics.part(part(Work("n1", "a", 16, 19.0, 1.0)))
+    metrics.part(part(Work("n2", "b", 16, 19.0, 1.0)))
+    clock.now += 38
+    metrics.flush()
+    assert book.gauges["replicas"] == 2
+    assert asked == [], "none is silent"
     book.gauges.clear()
-    clock.now += 121
+    clock.now += 1
     metrics.flush()
-    assert book.gauges["replicas"] == 0
+    assert asked == [clock.now]
+    assert book.gauges["replicas"] == 1
     assert not [name for name in book.gauges if name.endswith(" n1 a")]
+    assert "replica_starved_share n2 b" in book.gauges
 
 
 def test_the_pace_of_the_run_and_the_time_that_is_left() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from botocore.exceptions import ConnectionClosedError
 
-from pipeline import storage as storage_module
+from pipeline import retries
 from pipeline.s3_listing import _parse_date, list_objects, list_side_by_side
 from pipeline.storage import Storage
 from tests.s3 import S3_SERVERS, S3Server
@@ -93,7 +93,7 @@ def test_a_page_that_breaks_is_asked_for_again_by_itself(
     storage, url = filled
     fs, _ = storage.open(url)
     counting = fs.call_s3
-    monkeypatch.setattr(storage_module.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(retries.time, "sleep", lambda seconds: None)
 
     def breaking(method: str, **options: Any) -> Any:
         answer = counting(method, **options)

@@ -12,15 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import retries
 from pipeline import storage as storage_module
-from pipeline.storage import (
-    ATTEMPTS,
-    FIRST_PAUSE_SECONDS,
-    Storage,
-    StorageError,
-    explained,
-    redact,
-)
+from pipeline.retries import ATTEMPTS, FIRST_PAUSE_SECONDS
+from pipeline.storage import Storage, StorageError, explained, redact
 from tests.faulty_server import FaultyServer
 from tests.s3 import S3_SERVERS, S3Server
 
@@ -31,7 +26,7 @@ DATA = bytes(range(256)) * 40
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The pauses between attempts, which are not made."""
     made: list[float] = []
-    monkeypatch.setattr(storage_module.time, "sleep", made.append)
+    monkeypatch.setattr(retries.time, "sleep", made.append)
     return made
 
 
@@ -231,6 +226,11 @@ class TestLocalPublishing:
 FAULTS = ["500", "503", "reset-before", "reset-mid", "short", "half-range", "stall"]
 
 
+def hurried(fault: str) -> Storage:
+    """Waits shortly where nothing else comes; a busy machine may be late there, too."""
+    return Storage(deadline_seconds=0.5 if fault == "stall" else 60)
+
+
 class TestFaultsOfAServer:
     @pytest.mark.parametrize("fault", FAULTS)
     def test_a_passing_fault_costs_a_logged_attempt(
@@ -242,13 +242,16 @@ class TestFaultsOfAServer:
     ) -> None:
         # aiohttp itself asks once more where a connection broke before an answer
         server.faults = [fault] * (4 if fault == "reset-before" else 2)
-        storage = Storage(deadline_seconds=0.5)
-        with caplog.at_level(logging.WARNING, "pipeline.storage"):
-            assert storage.read_range(server.url, 1000, 5000) == DATA[1000:5000]
-        assert server.num_requests == (5 if fault == "reset-before" else 3)
-        assert len(pauses) == 2
+        with caplog.at_level(logging.WARNING, "pipeline.retries"):
+            assert hurried(fault).read_range(server.url, 1000, 5000) == DATA[1000:5000]
         lines = [record.getMessage() for record in caplog.records]
-        assert len(lines) == 2
+        if fault == "stall":
+            assert server.num_requests >= 3
+            assert 2 <= len(lines) < ATTEMPTS
+        else:
+            assert server.num_requests == (5 if fault == "reset-before" else 3)
+            assert len(lines) == 2
+        assert len(pauses) == len(lines)
         for attempt, line in enumerate(lines, 1):
             assert line.startswith(f"read at offset 1000 {redact(server.url)}: ")
             assert f"attempt {attempt} of {ATTEMPTS}, next in" in line
@@ -259,8 +262,11 @@ class TestFaultsOfAServer:
     ) -> None:
         server.faults = [fault] * 100
         with pytest.raises(OSError, match=rf"cannot read at offset 0 .*\({ATTEMPTS} attempts\)"):
-            Storage(deadline_seconds=0.5).read_range(server.url, 0, 100)
-        assert server.num_requests == ATTEMPTS * (2 if fault == "reset-before" else 1)
+            hurried(fault).read_range(server.url, 0, 100)
+        if fault == "stall":
+            assert 1 <= server.num_requests <= ATTEMPTS
+        else:
+            assert server.num_requests == ATTEMPTS * (2 if fault == "reset-before" else 1)
 
     def test_a_size_that_cannot_be_told_for_now_is_not_called_missing(
         self, server: FaultyServer, pauses: list[float]
@@ -278,7 +284,7 @@ class TestFaultsOfAServer:
         server.faults = ["503"] * 1000
         options = {"key": "k", "secret": "hidden-secret", "endpoint_url": server.origin}
         with pytest.raises(OSError, match=r"cannot read at offset 0 s3://bucket/x") as caught:
-            Storage(options, deadline_seconds=5).read_range("s3://bucket/x", 0, 100)
+            Storage(options).read_range("s3://bucket/x", 0, 100)
         assert ATTEMPTS <= server.num_requests <= 20  # s3fs' and botocore's defaults: 125
         assert "hidden-secret" not in str(caught.value)
 

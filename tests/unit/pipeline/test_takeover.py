@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,22 +15,25 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import samples as samples_module
-from pipeline import writers
+from pipeline import webdataset_format, writers
 from pipeline.chunks import Chunk, TileSettings
-from pipeline.commits import Commit
+from pipeline.commits import Commit, commit_url
 from pipeline.embedding import reject_chunk
-from pipeline.records import Head, Part, Shard
+from pipeline.formats import part_tables
+from pipeline.records import Head, Part, Shape, Shard
+from pipeline.replaced import mark_of
 from pipeline.samples import ReadSettings
 from pipeline.takeover import committed_rows, with_known
 from pipeline.writers import FinalizeSettings, finalize_shard
 from tests.builders import picture, write_tar
 from tests.stages import (
     IMAGE_KEY,
+    SHAPES,
     STORAGE,
     TILING,
     WIDTH,
     compute_shard,
-    encode,
+    encode_all,
     part_settings,
     tile_shard,
 )
@@ -59,11 +62,16 @@ class Counting:
     def __call__(self, tiles: np.ndarray) -> dict[str, np.ndarray]:
         assert len(tiles), "a call for nothing"
         self.tiles += len(tiles)
-        return encode(tiles)
+        return encode_all(tiles)
 
 
-def settings_of(output: Path, embedding_dtype: str = "float16", **options: Any) -> FinalizeSettings:
-    parts = part_settings(output, BOTH, embedding_dtype, CARRY, **options)
+def settings_of(
+    output: Path,
+    embedding_dtype: str = "float16",
+    features: Mapping[str, Shape] = BOTH,
+    **options: Any,
+) -> FinalizeSettings:
+    parts = part_settings(output, features, embedding_dtype, CARRY, **options)
     return FinalizeSettings(parts, "f" * 64, 1 << 30)
 
 
@@ -72,18 +80,31 @@ def computed(
     settings: FinalizeSettings,
     before: Commit | None = None,
     chunk_tiles: int = 6,
+    replaced_samples: int | None = None,
 ) -> tuple[Commit, int]:
     """The commit of a shard, and the number of tiles that went to the encoder."""
-    shard = Shard(str(source), "s", "" if before is None else before.model_dump_json())
+    if before is not None:
+        STORAGE.publish_bytes(commit_url(settings.parts.output, "s"), before.dump())
+    shard = Shard(str(source), "s", "" if before is None else mark_of(before))
     counting = Counting()
     complete = compute_shard(
         shard,
-        ReadSettings(STORAGE, IMAGE_KEY, CARRY),
+        ReadSettings(STORAGE, IMAGE_KEY, CARRY, replaced_samples=replaced_samples),
         TileSettings(TILING, CARRY, 60.0, chunk_tiles),
         counting,
         settings.parts,
     )
     return finalize_shard(complete, settings, before), counting.tiles
+
+
+def read_rows(commit: Commit, settings: FinalizeSettings) -> pa.Table:
+    parts = settings.parts
+    tables = [
+        table
+        for part in commit.parts
+        for table in part_tables(part, parts.output, parts.layout, STORAGE)
+    ]
+    return pa.concat_tables(tables).combine_chunks()
 
 
 def rows_of(output: Path, commit: Commit) -> pa.Table:
@@ -104,7 +125,7 @@ def variants(rng: random.Random) -> list[bytes]:
     return images
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(12))
 def test_rows_are_those_of_a_shard_that_is_computed_whole(
     seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,20 +133,27 @@ def test_rows_are_those_of_a_shard_that_is_computed_whole(
     monkeypatch.setattr(samples_module, "GROUP_SAMPLES", rng.choice([3, 7, 128]))
     monkeypatch.setattr(writers, "ROW_GROUP_BYTES", rng.choice([500, 4000, 1 << 20]))
     dtype = rng.choice(["float16", "float32"])
+    # Parquet eight times, then the others
+    how: dict[str, Any] = {}
+    if seed >= 8:
+        how["format"] = ("webdataset", "npy")[seed % 2]
+        how["features"] = SHAPES if how["format"] == "webdataset" else BOTH
+        monkeypatch.setattr(webdataset_format, "BATCH_BYTES", rng.choice([3000, 1 << 20]))
     settings = replace(
-        settings_of(tmp_path / "out", dtype), target_part_bytes=rng.choice([2000, 1 << 30])
+        settings_of(tmp_path / "out", dtype, **how), target_part_bytes=rng.choice([2000, 1 << 30])
     )
     first, all_of_them = computed(write_shard(tmp_path / "1.tar", IMAGES), settings)
     assert (first.tiles, first.reused) == (all_of_them, 0)
     chunk_tiles = rng.choice([1, 6, 100])
     changed = variants(rng)
     source = write_shard(tmp_path / "2.tar", changed, "another caption")
-    second, calculated = computed(source, settings, first, chunk_tiles)
-    fresh, expected = computed(source, settings_of(tmp_path / "fresh", dtype), None, chunk_tiles)
-    assert rows_of(tmp_path / "out", second).equals(rows_of(tmp_path / "fresh", fresh))
+    second, calculated = computed(source, settings, first, chunk_tiles, rng.choice([None, 1, 4]))
+    other = settings_of(tmp_path / "fresh", dtype, **how)
+    fresh, expected = computed(source, other, None, chunk_tiles)
+    assert read_rows(second, settings).equals(read_rows(fresh, other))
     assert (second.samples, second.rejects) == (fresh.samples, fresh.rejects)
     new = [image for image in changed if image not in IMAGES and image != BAD]
-    rows = rows_of(tmp_path / "fresh", fresh)
+    rows = read_rows(fresh, other)
     known_samples = {index for index, image in enumerate(changed) if image in IMAGES}
     known = sum(index in known_samples for index in rows["sample_index"].to_pylist())
     assert calculated == expected - known
@@ -136,7 +164,7 @@ def test_rows_are_those_of_a_shard_that_is_computed_whole(
 def test_a_group_gets_the_rows_of_its_own_pictures_alone(tmp_path: Path) -> None:
     settings = settings_of(tmp_path)
     first, _ = computed(write_shard(tmp_path / "1.tar", IMAGES[:4]), settings)
-    shard = Shard("", "s", first.model_dump_json())
+    shard = Shard("", "s", mark_of(first))
     with committed_rows(shard, settings.parts, settings.fingerprint) as rows:
         assert rows is not None
         assert rows.of([IMAGES[9], BAD]) is None
@@ -252,13 +280,34 @@ def test_what_cannot_be_trusted_is_computed_whole_and_said_once(
     assert rows_of(tmp_path / "out", second).equals(rows_of(tmp_path / "fresh", fresh))
 
 
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_commit_that_was_not_compared_gives_nothing(
+    gone: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = settings_of(tmp_path / "out")
+    source = write_shard(tmp_path / "s.tar", IMAGES[:6])
+    first, _ = computed(source, settings)
+    url = commit_url(settings.parts.output, "s")
+    if gone:
+        STORAGE.remove(url)
+    else:
+        STORAGE.publish_bytes(url, first.model_copy(update={"samples": 7}).dump())
+    shard = Shard(str(source), "s", mark_of(first))
+    with committed_rows(shard, settings.parts, settings.fingerprint) as rows:
+        assert rows is None
+    (message,) = caplog.messages
+    assert (
+        "commits/s.json is not there" if gone else "its commit is not the one that was compared"
+    ) in message
+
+
 def test_chunks_are_the_same_whatever_is_known(tmp_path: Path) -> None:
     """Ray repeats a task by skipping as many outputs as it has seen."""
     settings = settings_of(tmp_path)
     first, _ = computed(write_shard(tmp_path / "1.tar", IMAGES[::2]), settings)
     source = write_shard(tmp_path / "2.tar", IMAGES)
     plain = tile_shard(source, 6, CARRY)
-    shard = Shard(str(source), "s", first.model_dump_json())
+    shard = Shard(str(source), "s", mark_of(first))
     with committed_rows(shard, settings.parts, settings.fingerprint) as committed:
         known = tile_shard(source, 6, CARRY, change=lambda group: with_known(group, committed))
     assert len(plain) == len(known) > 4

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +16,16 @@ import pyarrow.dataset as pds
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import writers
+from pipeline import local_files, writers
 from pipeline.chunks import TileSettings
 from pipeline.commits import Commit, Embedder, commit_url
-from pipeline.embedding import feature_values, part_folder
-from pipeline.lease import LeaseLostError, lease_url
+from pipeline.embedding import part_folder
+from pipeline.lease import LeaseLostError, lease_url, mark_url
 from pipeline.ledger import CompleteShard
 from pipeline.records import REJECT_SCHEMA, Head, Part, Shard, Work, embedding_schema
 from pipeline.samples import ReadSettings
 from pipeline.storage import Storage
+from pipeline.vectors import feature_values
 from pipeline.writers import FinalizeSettings, HashingSink, cut_parts, finalize_shard
 from tests.builders import files_below, samples, write_tar
 from tests.stages import IMAGE_KEY, STORAGE, TILING, WIDTH, compute_shard, encode, part_settings
@@ -61,11 +64,13 @@ def test_a_run_that_lost_its_output_commits_nothing(source: Path, tmp_path: Path
     output = settings.parts.output
     with pytest.raises(LeaseLostError, match="lease is gone"):
         finalize_shard(complete, settings)
-    STORAGE.publish_bytes(lease_url(output, 3), b"")
+    STORAGE.publish_bytes(mark_url(output, settings.parts.run), b"")
     STORAGE.publish_bytes(lease_url(output, 4), b"")
     with pytest.raises(LeaseLostError, match="taken it over"):
         finalize_shard(complete, settings)
     assert not STORAGE.exists(commit_url(output, "s"))
+    left = [name for name in STORAGE.iter_files(output) if not name.startswith("_runs/")]
+    assert left == [], "not an object either: a successor's may have its name"
     STORAGE.remove(lease_url(output, 4))
     assert finalize_shard(complete, settings).samples == 9
 
@@ -119,6 +124,37 @@ def test_a_task_that_is_killed_leaves_nothing_on_its_node(
     commit = finalize_shard(compute(source, settings), settings)
     assert commit.rejects_part is not None
     assert seen == [(commit.parts[0].bytes, []), (commit.rejects_part.bytes, [])]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="O_TMPFILE")
+def test_a_local_output_is_not_copied_once_more(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inodes: dict[str, int] = {}
+
+    class Watching(Storage):
+        def publish_file(self, url: str, local: Path) -> None:
+            inodes[url] = local.stat().st_ino
+            super().publish_file(url, local)
+
+    previous = os.umask(0o027)
+    try:
+        settings = settings_of(tmp_path)
+        settings = replace(settings, parts=replace(settings.parts, storage=Watching()))
+        finalize_shard(compute(source, settings), settings)
+        assert len(inodes) == 2
+        for url, inode in inodes.items():
+            found = Path(url).stat()
+            assert (found.st_ino, found.st_nlink, found.st_mode & 0o777) == (inode, 1, 0o640)
+        whole = files_below(tmp_path)
+        monkeypatch.setattr(local_files, "_named", lambda descriptor, name: False)
+        finalize_shard(compute(source, settings), settings)
+    finally:
+        os.umask(previous)
+    for url, inode in inodes.items():
+        assert Path(url).stat().st_ino != inode  # copied, where no name can be given
+        name = str(Path(url).relative_to(tmp_path))
+        assert files_below(tmp_path)[name] == whole[name]
 
 
 def test_values_are_those_of_the_encoder_in_the_tars_order(source: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A small OUTPUT that the tests of `verify` share."""
+"""A small OUTPUT that tests share."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(made: Path, tmp_path: Path) -> Path:
-    """The same, to be changed."""
+    """The same, to be changed, as if it had been made there."""
     folder = tmp_path / "copy"
     shutil.copytree(made, folder)  # keeps the times of files
+    for commit in (folder / "out/commits").rglob("*.json"):
+        commit.write_text(commit.read_text().replace(str(made), str(folder)))
     return folder
