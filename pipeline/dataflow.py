@@ -136,6 +136,7 @@ class Flow:
         self._stop = stop
         self._ledger = Ledger(shard.name for shard in shards)
         self._replaced = {shard.name: shard.before for shard in shards if shard.before}
+        self._complete: CompleteShard | None = None  # and not being finalized; no row is taken
         self._finalizing: dict[Any, str] = {}
         # Made once: Ray publishes each to the whole cluster, for good.
         self._finalize = ray.remote(num_cpus=0)(finalize_stage)
@@ -156,10 +157,14 @@ class Flow:
         consumer.start()
         try:
             ended = False
-            while not ended:
-                with suppress(queue.Empty):
-                    ended = not self._take(self._rows.get(timeout=TICK_SECONDS))
-                self._collect(timeout=0)
+            while not ended or self._complete is not None:
+                if self._complete is None:
+                    with suppress(queue.Empty):
+                        ended = not self._take(self._rows.get(timeout=TICK_SECONDS))
+                    self._collect(timeout=0)
+                else:  # as many are being finalized as may be at once
+                    self._collect(timeout=TICK_SECONDS)
+                self._begin_finalizing()
                 tick(self._tally)
                 self._metrics.tick()
         except Exception:
@@ -209,9 +214,15 @@ class Flow:
         failure = shard.failure or _too_many_rejects(shard, self._settings.max_reject_rate)
         if failure is not None:
             self._fail(shard.name, failure)
+        else:
+            self._complete = shard
+
+    def _begin_finalizing(self) -> None:
+        """Starts the task of the complete shard, if there is one and there is room for it."""
+        shard = self._complete
+        if shard is None or len(self._finalizing) >= self._settings.num_io_tasks:
             return
-        while len(self._finalizing) >= self._settings.num_io_tasks:
-            self._collect(timeout=TICK_SECONDS)
+        self._complete = None
         try:
             self._assure()
         except OSError as error:

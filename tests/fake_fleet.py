@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import psutil
 import pyarrow as pa
 import ray
 from ray.actor import ActorHandle
@@ -27,7 +26,7 @@ from pipeline.chunks import Chunk, TileSettings
 from pipeline.dataflow import FlowSettings
 from pipeline.embedding import embed_chunk
 from pipeline.records import Head, Row, ShardEnd, rejects_table, sample_schema, tile_schema
-from pipeline.replica import ReplicaSettings
+from pipeline.replica import ReplicaSettings, living_replicas
 from pipeline.samples import GroupRow, ReadSettings
 from pipeline.stages import Attempts
 from pipeline.tiling import Tiling
@@ -39,7 +38,10 @@ LOOK_SECONDS = 0.05
 
 
 class Fleet:
-    """A head with CPUs and `NODES` workers with `GPUS` each."""
+    """A head that has all the CPUs, and `NODES` workers with `GPUS` each.
+
+    Ray ends idle processes beyond a node's CPUs, to start them again: seconds of two real cores.
+    """
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
@@ -48,7 +50,7 @@ class Fleet:
     def add(self) -> Any:
         """Ray finds it when it is there: nobody waits here."""
         return self._cluster.add_node(
-            wait=False, num_cpus=1, num_gpus=GPUS, object_store_memory=80 << 20
+            wait=False, num_cpus=0, num_gpus=GPUS, object_store_memory=80 << 20
         )
 
     def lose(self, node: Any) -> None:
@@ -60,7 +62,7 @@ class Fleet:
 @contextmanager
 def fleet() -> Iterator[Fleet]:
     cluster = Cluster()
-    cluster.add_node(num_cpus=4, object_store_memory=120 << 20, include_dashboard=False)
+    cluster.add_node(num_cpus=8, object_store_memory=120 << 20, include_dashboard=False)
     try:
         made = Fleet(cluster)
         cluster.wait_for_nodes(timeout=240)
@@ -141,8 +143,9 @@ def made(folder: Path) -> dict[str, list[tuple[str, ...]]]:
 
 
 def alive(folder: Path) -> int:
-    """Replicas whose process lives."""
-    return sum(psutil.pid_exists(int(file.name.split("-")[2])) for file in folder.glob("made-*"))
+    """Replicas that Ray has made and not given back."""
+    pids = {name.rpartition("-")[2] for name in living_replicas()}
+    return sum(file.name.split("-")[2] in pids for file in folder.glob("made-*"))
 
 
 def settings_for(

@@ -23,9 +23,12 @@ from ray.data._internal.execution.streaming_executor import StreamingExecutor
 from pipeline import dataflow, long_runs
 from pipeline.commits import Commit, committed_shards
 from pipeline.dataflow import Tally
+from pipeline.ledger import CompleteShard
 from pipeline.records import Row
 from pipeline.replica import Replica, ReplicaSettings, living_replicas, replica_name
+from pipeline.stages import finalize_stage
 from pipeline.storage import Storage
+from pipeline.writers import FinalizeSettings
 from tests.book import Book
 from tests.builders import picture, sample, samples, write_checkpoint, write_tar
 from tests.flows import run_flow
@@ -54,6 +57,16 @@ class WrittenDownReplica(Replica):
     def __init__(self, settings: ReplicaSettings, deaths: ActorHandle) -> None:
         (Path(settings.model).parent / f"loaded-{secrets.token_hex(4)}").touch(exist_ok=False)
         super().__init__(settings, deaths)
+
+
+def held_finalize(shard: CompleteShard, settings: FinalizeSettings, replaced: str) -> bytes:
+    """Waits, not for ever, until a file `go` lies beside OUTPUT."""
+    go, never = Path(settings.parts.output).parent / "go", threading.Event()
+    for _ in range(600):
+        if go.exists():
+            return finalize_stage(shard, settings, replaced)
+        never.wait(0.1)
+    raise OSError("nobody looked")
 
 
 def folders(folder: Path) -> tuple[Path, Path]:
@@ -152,6 +165,29 @@ def test_an_output_that_cannot_be_written_fails_its_shard_alone(
     blocked.rmdir()
     assert run_flow(*folders(tmp_path), checkpoint).failures == []
     assert committed_shards(str(tmp_path / "out"), Storage()) == {"a", "b", "c"}
+
+
+def test_a_run_is_looked_after_while_as_many_are_finalized_as_may_be(
+    local_ray: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Publishing a shard takes minutes where its parts are large."""
+    monkeypatch.setattr(dataflow, "finalize_stage", held_finalize)
+    names = {"a", "b", "c", "d"}
+    for name in names:
+        write_tar(tmp_path / "in" / f"{name}.tar", samples(2, prefix=name))
+    full: list[int] = []  # two are being finalized, a third is complete, and the fourth not booked
+
+    def look(tally: Tally) -> None:
+        if tally.tiles == 6:
+            full.append(tally.committed)
+        if len(full) == 5:
+            (tmp_path / "go").touch()
+
+    tally = run_flow(*folders(tmp_path), write_checkpoint(tmp_path / "model"), look)
+
+    assert full[:5] == [0] * 5
+    assert tally.failures == []
+    assert committed_shards(str(tmp_path / "out"), Storage()) == names
 
 
 def test_an_error_of_the_driver_ends_the_flow_too(local_ray: None, tmp_path: Path) -> None:

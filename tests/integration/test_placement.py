@@ -21,7 +21,7 @@ from tests import fake_fleet
 from tests.builders import REPOSITORY
 from tests.fake_fleet import GPUS, LAST, NODES, Fleet, alive, fleet, made, settings_for
 
-pytestmark = [pytest.mark.placement, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.placement
 STEADY_LOOKS = 12  # some six seconds in which nothing more is tiled
 
 
@@ -47,7 +47,11 @@ def run(
     """Commits a shard of each name; `look` is called about twice a second."""
     shards = [Shard(str(folder), name) for name in names]
     settings = settings_for(folder, tensor_parallel, replicas, **how)
-    tally = run_shards(shards, settings, look, threading.Event())
+    stop = threading.Event()
+    try:
+        tally = run_shards(shards, settings, look, stop)
+    finally:
+        stop.set()  # one that is given up leaves the GPUs to the next test
     assert tally.failures == []
     assert tally.committed == tally.tiles == len(names)
     return tally
