@@ -25,7 +25,7 @@ from model.errors import UserError
 from pipeline.shards import read_list
 from pipeline.storage import redact, shared
 
-VERBS = ("extract", "reindex", "verify")
+VERBS = ("extract", "reindex", "verify", "index")
 CONFIG = "job.yaml"
 SHOWN_CHARACTERS = 400  # of INPUT in the metadata: it may list a thousand shards
 DYNAMIC = frozenset({"max_tiles", "thumbnail", "max_upscale"})
@@ -71,7 +71,7 @@ def prepare(arguments: Sequence[str], verbs: Sequence[str] = VERBS) -> Submissio
         values["model"] = _model(config.model)
         values["config"] = CONFIG if CONFIG in files else None
     else:
-        values["output"] = shared(given["output"])
+        values |= {name: shared(given[name]) for name in ("output", "index") if name in given}
         values["source"] = [_entry(entry, files) for entry in given.get("source", ())]
         if "model" in given:
             values["model"] = _model(given["model"])
@@ -171,8 +171,8 @@ def _metadata(verb: str, values: Mapping[str, Any], config: ExtractConfig | None
             known["fingerprint"] = _fingerprint(config)
         else:
             known["settings"] = _settings_digest(config)
-    elif isinstance(values.get("output"), str):
-        known["output"] = redact(values["output"])
+    else:
+        known |= {name: redact(values[name]) for name in ("output", "index") if name in values}
     return known
 
 

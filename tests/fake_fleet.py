@@ -26,7 +26,7 @@ from pipeline.chunks import Chunk, TileSettings
 from pipeline.dataflow import FlowSettings
 from pipeline.embedding import embed_chunk
 from pipeline.records import Head, Row, ShardEnd, rejects_table, sample_schema, tile_schema
-from pipeline.replica import ReplicaSettings, living_replicas
+from pipeline.replica import ReplicaSettings
 from pipeline.samples import GroupRow, ReadSettings
 from pipeline.stages import Attempts
 from pipeline.tiling import Tiling
@@ -140,12 +140,6 @@ def made(folder: Path) -> dict[str, list[tuple[str, ...]]]:
         _, node, _ = file.name.split("-")
         found.setdefault(node, []).append(tuple(file.read_text().split(",")))
     return found
-
-
-def alive(folder: Path) -> int:
-    """Replicas that Ray has made and not given back."""
-    pids = {name.rpartition("-")[2] for name in living_replicas()}
-    return sum(file.name.split("-")[2] in pids for file in folder.glob("made-*"))
 
 
 def settings_for(

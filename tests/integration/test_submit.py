@@ -78,6 +78,15 @@ def test_a_job_is_followed_to_its_end(head: Head, work: Path) -> None:
     assert dataset["settings"]["max_tiles"] == 2, "the config file came along"
 
 
+def test_an_index_is_built_there(head: Head, work: Path) -> None:
+    words = ("index", work / "out", work / "index", "--json")
+    done = submit(head, "--job-id", "index", "--", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = last_document(done.stdout)
+    assert told is not None
+    assert (told["vectors"], told["added"]) == (12, ["0", "1"])
+
+
 def test_a_job_is_stopped_and_leaves_whole_shards(head: Head, work: Path) -> None:
     done = submit(
         head, "--detach", "--job-id", "endless", "--", "extract", work / "many", work / "part",
@@ -207,6 +216,7 @@ def test_the_list_tells_of_every_job(head: Head, work: Path) -> None:
     told = {job["id"]: job for job in json.loads(done.stdout) if "reindex-" not in job["id"]}
     assert {name: (job["status"], job["exit_code"]) for name, job in told.items()} == {
         "whole": ("SUCCEEDED", 0),
+        "index": ("SUCCEEDED", 0),
         "endless": ("STOPPED", None),
         "none": ("FAILED", 2),
         "talk": ("FAILED", 7),

@@ -108,6 +108,17 @@ def test_verify_is_submitted_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert submission.metadata["output"] == f"{tmp_path}/out"
 
 
+def test_index_is_submitted_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    submission = prepare(["index", "out", "idx", "--kind", "flat", "--vector", "mean"])
+    verb, values = parsed(submission.entrypoint)
+    assert verb == "index"
+    assert (values["output"], values["index"]) == (f"{tmp_path}/out", f"{tmp_path}/idx")
+    assert (values["kind"], values["vector"], values["feature"]) == ("flat", "mean", None)
+    assert submission.metadata["output"] == f"{tmp_path}/out"
+    assert submission.metadata["index"] == f"{tmp_path}/idx"
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -120,6 +131,7 @@ def test_verify_is_submitted_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ["a.tar", "out", "--model", "m", "--config", "text.yaml", "--storage-options", "{}"],
         ["@secret.txt", "out", "--model", "m"],
         ["verify", "out", "--storage-options", json.dumps({"token": SECRET})],
+        ["index", "out", f"s3://k:{SECRET}@b/idx"],
     ],
 )
 def test_a_secret_is_refused_and_not_repeated(
