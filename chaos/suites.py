@@ -164,6 +164,12 @@ CASES = (
         "runs",
     ),
     Case(
+        "Ctrl-C, SIGTERM, while Ray starts",
+        "test_resume.*while_ray_starts",
+        "exit 130 (143), nothing is committed, the lease given back, no process left",
+        "runs",
+    ),
+    Case(
         "Ctrl-C twice, while a commit does not come to its end",
         "test_resume.*ctrl_c_twice",
         "it ends at once with exit 130, nothing more is committed, no process left",

@@ -479,7 +479,8 @@ def submit_command(
         list[str] | None,
         typer.Argument(
             metavar="-- [VERB] ARGUMENTS...",
-            help="What to run there: extract (the default), reindex, verify or index, and its arguments.",
+            help="What to run there: extract (the default), reindex, verify or index, and its "
+            "arguments.",
         ),
     ] = None,
     address: Address = None,

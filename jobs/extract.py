@@ -20,6 +20,7 @@ import ray
 
 from jobs.cluster import Pool, broken_runs_explained, connect, plan_pool
 from jobs.config import ExtractConfig, tiling_of
+from jobs.local_ray import own_sigterm
 from jobs.progress import Reporter
 from model.checkpoint import Checkpoint, open_checkpoint, weights_digest
 from model.config import count_blocks
@@ -195,8 +196,8 @@ def run_job(job: Job, pending: Sequence[Shard], local_cluster: bool) -> Summary:
         stop_on_signal() as stop,
         redirect_stdout(sys.stderr),  # Ray prints what workers say; stdout is for the result alone
     ):
-        started_here = connect(local_cluster)
-        stop.listen()  # Ray has taken SIGTERM for itself
+        with own_sigterm():
+            started_here = connect(local_cluster)
 
         def tick(tally: Tally) -> None:
             job.check()
@@ -373,11 +374,8 @@ class Stop:
         self.event = threading.Event()
         self.signum: int | None = None
         self._before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-
-    def listen(self) -> None:
-        if not self.event.is_set():
-            for number in STOP_SIGNALS:
-                signal.signal(number, self._handle)
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._handle)
 
     def restore(self) -> None:
         for number, handler in self._before.items():
@@ -392,7 +390,6 @@ class Stop:
 @contextmanager
 def stop_on_signal() -> Iterator[Stop]:
     stop = Stop()
-    stop.listen()
     try:
         yield stop
     finally:

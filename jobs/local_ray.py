@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ray._private import ray_constants
+from ray._private import ray_constants, utils
 
 from model.errors import UserError
 
@@ -99,6 +99,20 @@ def keep_session_private() -> None:
             "alone; remove it, or set RAY_TMPDIR to one that is"
         )
     os.environ["RAY_TMPDIR"] = str(folder)
+
+
+@contextmanager
+def own_sigterm() -> Iterator[None]:
+    """A Ray that is started or joined inside leaves this process its handler of SIGTERM.
+
+    Its own would end the process in the middle of the start, with exit status 1 or 15.
+    """
+    take = utils.set_sigterm_handler
+    utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = take
 
 
 @contextmanager

@@ -223,6 +223,32 @@ def catches(pid: int, signum: signal.Signals) -> bool:
     return bool(int(caught, 16) >> (signum - 1) & 1)
 
 
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_job_stopped_while_ray_starts_ends_as_any_other(
+    job: tuple[Path, Path], tmp_path: Path, signum: signal.Signals
+) -> None:
+    """Ray's own handler of SIGTERM would end the process in the middle of it."""
+    with started(job, tmp_path / "out") as process:
+        driver = psutil.Process(process.pid)
+        wait_until(process, lambda: any("gcs_server" in child.name() for child in children(driver)))
+        tree = children(driver)
+        if signum == signal.SIGINT:
+            os.killpg(process.pid, signum)
+        else:
+            process.send_signal(signum)
+        _, stderr = process.communicate(timeout=180)
+        assert process.returncode == 128 + signum, stderr.decode()
+        assert b"Traceback" not in stderr
+        assert not psutil.wait_procs(tree, timeout=180)[1]
+    assert not commits_below(tmp_path / "out")
+    assert not list((tmp_path / "out/_runs").glob("lease-*"))
+
+
+def children(process: psutil.Process) -> list[psutil.Process]:
+    found: list[psutil.Process] = process.children(recursive=True)
+    return found
+
+
 def test_a_finished_job_does_nothing(job: tuple[Path, Path], undisturbed: Path) -> None:
     before = files_below(undisturbed)
     done = run_cli("extract", job[0], undisturbed, "--model", job[1], *OPTIONS)
