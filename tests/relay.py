@@ -25,19 +25,19 @@ class Relay:
                 near, _ = self._server.accept()
                 far = socket.create_connection(("127.0.0.1", self._target))
                 self.connections += 1
-                self._open += [near, far]
+                self._open.extend((near, far))
                 for source, sink in ((near, far), (far, near)):
                     threading.Thread(target=_pump, args=(source, sink), daemon=True).start()
 
     def cut(self) -> int:
-        """Gives how many sockets were cut."""
+        """Gives how many sockets were cut. Whoever comes back meanwhile is left alone."""
+        victims, self._open = self._open, []
         cut = 0
-        for each in self._open:
+        for each in victims:
             with suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
                 cut += 1
             each.close()
-        self._open.clear()
         return cut
 
     def close(self) -> None:
