@@ -12,12 +12,13 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import ray
+from ray._private import auto_init_hook
 from ray.exceptions import AuthenticationError, RayError
 
 from jobs.local_ray import (
@@ -40,6 +41,7 @@ GPU_CHUNK_TILES = 128
 CPU_CHUNK_TILES = 32
 CPU_BUFFER_BYTES = 256 << 20  # about thirteen chunks between the stages
 
+START_SECONDS = 120  # for the GCS of a local cluster to answer; Ray would wait 30
 HEAD_LOOK_SECONDS = 2.0
 HEAD_MISSES = 2
 RAYLET_LOOK_SECONDS = 1.0  # until `ray.shutdown()` is noticed; a death is at once
@@ -73,7 +75,10 @@ def connect(local: bool = False) -> bool:
 
     Raises:
         UserError: nothing answers at `RAY_ADDRESS`, or it wants another token.
+        BrokenRunError: a cluster could not be started.
     """
+    # A call that comes after the end of the cluster would start another one.
+    auto_init_hook.enable_auto_connect = False
     # Their lines are about Ray's insides; what a user must know comes as an exception.
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
@@ -102,13 +107,17 @@ def _start_local() -> None:
     # Threads of a CPU replica that wait by spinning take the cores from the tiling tasks.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("RAY_worker_niceness", "0")  # or the replica is as nice as tiling
-    with on_loopback():
-        ray.init(
-            address="local",
-            num_cpus=(os.cpu_count() or 1) + LOCAL_EXTRA_CPUS,
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-        )
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", str(START_SECONDS))
+    try:
+        with on_loopback():
+            ray.init(
+                address="local",
+                num_cpus=(os.cpu_count() or 1) + LOCAL_EXTRA_CPUS,
+                include_dashboard=False,
+                logging_level=logging.ERROR,
+            )
+    except Exception as error:  # plain ones: "The current node timed out during startup…"
+        raise BrokenRunError(f"Ray did not start on this machine: {cause(error)}") from error
 
 
 def _join(address: str) -> None:
@@ -152,16 +161,17 @@ def tell_of_lost_raylet(path: str) -> None:
     """Says that this node's raylet, which listens at `path`, is dead: Ray's native code ends this
     process a moment later, with exit status 1 and without a word.
     """
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.connect(path)
-        peer = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    descriptor = os.pidfd_open(struct.unpack("3i", peer)[0])
-    try:
-        while ray.is_initialized():
-            if select.select([descriptor], [], [], RAYLET_LOOK_SECONDS)[0]:
-                break
-    finally:
-        os.close(descriptor)
+    with suppress(OSError):  # it is dead already
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.connect(path)
+            peer = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        descriptor = os.pidfd_open(struct.unpack("3i", peer)[0])
+        try:
+            while ray.is_initialized():
+                if select.select([descriptor], [], [], RAYLET_LOOK_SECONDS)[0]:
+                    break
+        finally:
+            os.close(descriptor)
     if ray.is_initialized():
         print(
             "tessera: Ray's process on this node (the raylet) is gone, and this run ends with it. "

@@ -28,7 +28,6 @@ from pipeline.samples import GROUP_SAMPLES
 CLOCK = "jobs.stage_clock"
 TURNS = 5
 TURN_SECONDS = 2.0  # and twice that for both together
-START_SECONDS = 300.0
 # As `jobs.cluster` sets them for a local cluster, and Ray for tasks and actors below two CPUs.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
 

@@ -198,6 +198,7 @@ def run_job(job: Job, pending: Sequence[Shard], local_cluster: bool) -> Summary:
     ):
         with own_sigterm():
             started_here = connect(local_cluster)
+        stop.listen()
 
         def tick(tally: Tally) -> None:
             job.check()
@@ -374,6 +375,13 @@ class Stop:
         self.event = threading.Event()
         self.signum: int | None = None
         self._before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        self.listen()
+
+    def listen(self) -> None:
+        """Again once Ray has started: its native code puts a handler of SIGTERM before ours that
+        aborts the process three seconds later, whatever it is at."""
+        if self.event.is_set():
+            return
         for number in STOP_SIGNALS:
             signal.signal(number, self._handle)
 
@@ -382,6 +390,7 @@ class Stop:
             signal.signal(number, handler)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
+        signal.alarm(0)  # by which Ray's native handler, were it called first, would abort
         self.signum = signum
         self.event.set()
         self.restore()

@@ -16,6 +16,7 @@ from pipeline.printable import printable
 SILENCE_SECONDS = 60.0
 PAUSE_SECONDS = (1.0, 15.0)  # between two attempts: the first, and the longest
 AWAY_SECONDS = 600.0
+LOG_ATTEMPTS = 3
 
 
 class Shown:
@@ -64,7 +65,7 @@ def follow(
                 job = cluster.job(job_id)
             heard, wait = clock(), PAUSE_SECONDS[0]
             if job.over:
-                _finish(cluster, job_id, shown)
+                _finish(cluster, job_id, shown, pause)
                 return job
             pause(wait)  # the connection was closed early, or had nothing to say
         except (*AWAY, BrokenRunError) as error:
@@ -85,15 +86,21 @@ def to_stdout(text: str) -> None:
     sys.stdout.flush()
 
 
-def _finish(cluster: Cluster, job_id: str, shown: Shown) -> None:
+def _finish(cluster: Cluster, job_id: str, shown: Shown, pause: Callable[[float], object]) -> None:
     """What the connections did not bring any more."""
-    try:
-        log = cluster.log(job_id)
-    except BrokenRunError as error:  # its node is gone, and the log with it
-        print(f"tessera: the end of the log cannot be read: {error}", file=sys.stderr, flush=True)
-        return
-    shown.begin()
-    shown.feed(log)
+    for attempt in range(1, LOG_ATTEMPTS + 1):
+        try:
+            log = cluster.log(job_id)
+        except BrokenRunError as error:
+            if attempt == LOG_ATTEMPTS:  # its node is gone, and the log with it
+                said = f"tessera: the end of the log cannot be read: {error}"
+                print(said, file=sys.stderr, flush=True)
+                return
+            pause(PAUSE_SECONDS[0])
+        else:
+            shown.begin()
+            shown.feed(log)
+            return
 
 
 async def _pour(cluster: Cluster, job_id: str, shown: Shown) -> None:

@@ -36,6 +36,7 @@ from model.errors import UserError
 from pipeline.printable import printable
 
 LOOK_SECONDS = 10.0  # between two looks at a run that goes on
+LOG_LOOKS = 3  # at the log of a run that is over, before its summary is given up
 NAP_SECONDS = 60.0  # longest wait at once: a clock that is set, or a laptop that slept, is noticed
 DAY = timedelta(days=1)
 UNSURE = (*AWAY, BrokenRunError, UnreachableError)  # what tells nothing of what the cluster did
@@ -49,6 +50,10 @@ class Clock(Protocol):
 
     def wait(self, seconds: float) -> bool:
         """Gives whether the schedule is to end."""
+        ...
+
+    def ended(self) -> bool:
+        """Whether the schedule is to end."""
         ...
 
 
@@ -119,6 +124,8 @@ class Schedule:
             since = self._since(began)
             due = self.timetable.missed(since, self.clock.now())
             if due is not None:
+                if self.clock.ended():  # told so during the last look at a run
+                    return
                 self._fire(due)
                 continue
             left = (self.timetable.after(since) - self.clock.now()).total_seconds()
@@ -181,8 +188,7 @@ class Schedule:
             try:
                 job = self.runner.job(run)
                 if job.over:
-                    self._finish(job)
-                    return True
+                    return self._finish(job)
                 trouble, self._unsure = "", ""
             except UnknownJobError as error:
                 if self._unsure != run:
@@ -198,14 +204,22 @@ class Schedule:
             if self.clock.wait(LOOK_SECONDS):
                 return False
 
-    def _finish(self, job: Job) -> None:
-        """Writes how a job ended. Its log may be gone with its node: that is no reason to wait."""
+    def _finish(self, job: Job) -> bool:
+        """Writes how a job ended; False: the schedule is to end, and the next start writes it.
+
+        Its log may be gone with its node, or not be had for a moment: it is asked for a few times.
+        """
         changed, message = None, ""
-        try:
-            changed = last_document(self.runner.log(job.id))
-        except TROUBLES as error:
-            message = f"its log cannot be read: {error or type(error).__name__}"
+        for look in range(LOG_LOOKS):
+            if look and self.clock.wait(LOOK_SECONDS):
+                return False
+            try:
+                changed, message = last_document(self.runner.log(job.id)), ""
+                break
+            except TROUBLES as error:
+                message = f"its log cannot be read: {error or type(error).__name__}"
         self._end(job.id, job.status, job.exit_status, changed, message)
+        return True
 
     def _end(
         self,
@@ -283,6 +297,9 @@ class WallClock:
 
     def wait(self, seconds: float) -> bool:
         return self._ended.wait(seconds)
+
+    def ended(self) -> bool:
+        return self._ended.is_set()
 
 
 def run_schedule(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 import sys
 import tempfile
@@ -12,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from jobs.follow import follow, to_stdout
-from jobs.ray_jobs import Cluster, Job, explained
+from jobs.ray_jobs import AWAY, Cluster, Job, explained
 from jobs.shipping import pack
 from jobs.submission import Submission
 from jobs.terminal import BrokenRunError
@@ -20,8 +21,8 @@ from model.errors import UserError
 from pipeline.printable import printable
 
 # Ray kills an entry point this long after it told it to end. A run that is told so commits the
-# shards that are complete, and gives OUTPUT back.
-STOP_SECONDS = 60
+# shards that are complete, and gives OUTPUT back; large ones on a slow store take minutes.
+STOP_SECONDS = 300
 INTERRUPTED = 130
 
 
@@ -45,8 +46,9 @@ def submit(
 
     Raises:
         UserError: the cluster has a job of that id, or refuses.
-        BrokenRunError: this machine's disk, or the cluster, failed.
+        BrokenRunError: this machine's disk, or the cluster, failed; or no answer came.
     """
+    job_id = job_id or f"tessera-{secrets.token_hex(6)}"  # known, whatever becomes of the answer
     with tempfile.TemporaryDirectory(prefix="tessera-submit-") as name:
         folder = Path(name) / "job"
         try:
@@ -56,20 +58,26 @@ def submit(
             # copytree goes on, and tells of every file.
             first = error.args[0][0][2] if isinstance(error, shutil.Error) else error
             raise BrokenRunError(f"the job's files cannot be put into {name}: {first}") from error
-        with explained(job_id or ""):
-            return str(
-                cluster.client.submit_job(
-                    entrypoint=submission.entrypoint,
-                    submission_id=job_id,
-                    runtime_env={
-                        "working_dir": str(folder),
-                        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},
-                    },
-                    metadata=dict(submission.metadata),
-                    entrypoint_num_cpus=place.num_cpus,
-                    entrypoint_resources=dict(place.resources) if place.resources else None,
+        try:
+            with explained(job_id):
+                return str(
+                    cluster.client.submit_job(
+                        entrypoint=submission.entrypoint,
+                        submission_id=job_id,
+                        runtime_env={
+                            "working_dir": str(folder),
+                            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},
+                        },
+                        metadata=dict(submission.metadata),
+                        entrypoint_num_cpus=place.num_cpus,
+                        entrypoint_resources=dict(place.resources) if place.resources else None,
+                    )
                 )
-            )
+        except AWAY as error:
+            raise BrokenRunError(
+                f"no answer came from the cluster ({type(error).__name__}), which may have taken "
+                f"the job: tessera submit --follow {job_id}"
+            ) from error
 
 
 def follow_to_end(cluster: Cluster, job_id: str) -> int:

@@ -90,7 +90,7 @@ def files_below(folder: Path) -> dict[str, bytes]:
 def run_cli(
     *arguments: str | Path,
     env: Mapping[str, str] | None = None,
-    timeout: float = 180,
+    timeout: float = 600,
     cwd: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """`tessera <arguments>` in its own process, on a Ray of its own."""

@@ -46,4 +46,8 @@ def run_flow(
         settings = replace(settings, tile=tile)
     committed = committed_shards(config.output, storage)
     pending = [s for s in list_shards(config.input, storage) if s.name not in committed]
-    return run_shards(pending, settings, tick, threading.Event())
+    stop = threading.Event()
+    try:
+        return run_shards(pending, settings, tick, stop)
+    finally:
+        stop.set()  # a test that is given up leaves no dataset to the next one

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +19,10 @@ import psutil
 import requests
 
 from tests.ports import free_ports
+from tests.running import still_alive, strike
 
 ATTEMPTS = 3  # another may have bound a port of ours in between
+START_SECONDS = 300
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,8 @@ def ray_head(num_cpus: int) -> Iterator[Head]:
     """A head with its dashboard on loopback, ended by its process id."""
     said = ""
     for _ in range(ATTEMPTS):
-        with _started(num_cpus) as (process, head):
-            if _answers(process, head):
+        with _started(num_cpus) as (process, head, agent):
+            if _answers(process, head, agent):
                 yield head
                 return
             said = (head.folder / "head.log").read_text()
@@ -45,7 +49,7 @@ def ray_head(num_cpus: int) -> Iterator[Head]:
 
 
 @contextmanager
-def _started(num_cpus: int) -> Iterator[tuple[subprocess.Popen[bytes], Head]]:
+def _started(num_cpus: int) -> Iterator[tuple[subprocess.Popen[bytes], Head, int]]:
     token = secrets.token_hex(32)
     gcs, dashboard, agent, client, metrics = free_ports(5)
     folder = Path(tempfile.mkdtemp(prefix="tes-head-", dir="/tmp"))  # sockets want short paths
@@ -55,6 +59,8 @@ def _started(num_cpus: int) -> Iterator[tuple[subprocess.Popen[bytes], Head]]:
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # jobs start `python`
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
+        "RAY_DASHBOARD_STARTUP_TIMEOUT_S": str(START_SECONDS),
+        "RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT": str(START_SECONDS),
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
@@ -73,22 +79,23 @@ def _started(num_cpus: int) -> Iterator[tuple[subprocess.Popen[bytes], Head]]:
     url = f"http://127.0.0.1:{dashboard}"
     try:
         auth = {"RAY_AUTH_TOKEN": token, "RAY_AUTH_MODE": "token"}
-        yield process, Head(url, auth, folder, f"127.0.0.1:{gcs}")
+        yield process, Head(url, auth, folder, f"127.0.0.1:{gcs}"), agent
     finally:
         _end(process)
         log.close()
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _answers(process: subprocess.Popen[bytes], head: Head, seconds: float = 150) -> bool:
-    """Waits for the jobs API; False where the head has ended, or is silent for too long."""
+def _answers(process: subprocess.Popen[bytes], head: Head, agent: int) -> bool:
+    """Waits for the jobs API, and for the agent that starts jobs; False where the head has ended,
+    or is silent for too long."""
     headers = {"Authorization": f"Bearer {head.env['RAY_AUTH_TOKEN']}"}
-    for _ in range(int(seconds / 0.2)):
-        try:
-            if requests.get(f"{head.url}/api/jobs/", headers=headers, timeout=10).ok:
+    asked = f"{head.url}/api/jobs/", f"http://127.0.0.1:{agent}/api/local_raylet_healthz"
+    end = time.monotonic() + START_SECONDS
+    while time.monotonic() < end:
+        with suppress(requests.RequestException):
+            if all(requests.get(url, headers=headers, timeout=10).ok for url in asked):
                 return True
-        except requests.RequestException:
-            pass
         try:
             process.wait(timeout=0.2)
         except subprocess.TimeoutExpired:
@@ -106,6 +113,4 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-    _, alive = psutil.wait_procs(children, timeout=5)
-    for child in alive:
-        child.kill()
+    strike(still_alive(children, seconds=5), signal.SIGKILL)

@@ -20,14 +20,20 @@ class Relay:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
+        while True:
+            try:
                 near, _ = self._server.accept()
+            except OSError:  # closed
+                return
+            try:
                 far = socket.create_connection(("127.0.0.1", self._target))
-                self.connections += 1
-                self._open.extend((near, far))
-                for source, sink in ((near, far), (far, near)):
-                    threading.Thread(target=_pump, args=(source, sink), daemon=True).start()
+            except OSError:
+                near.close()
+                continue
+            self.connections += 1
+            self._open.extend((near, far))
+            for source, sink in ((near, far), (far, near)):
+                threading.Thread(target=_pump, args=(source, sink), daemon=True).start()
 
     def cut(self) -> int:
         """Gives how many sockets were cut. Whoever comes back meanwhile is left alone."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from tests.builders import cli_env, files_below, picture, write_tar
 
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")  # they live a minute longer
 ENDLESS_PICTURES = 20_000  # minutes of work, even alone on a quick machine
+PATIENCE_SECONDS = 600.0  # a loaded machine is late, and not wrong
 
 
 @contextmanager
@@ -65,19 +68,50 @@ def is_worker(process: psutil.Process) -> bool:
 def wait_for_workers(tree: Sequence[psutil.Process]) -> None:
     """Until the workers of a killed driver have heard of its end they go on with what they were
     at."""
-    workers = [process for process in tree if is_worker(process)]
-    assert not psutil.wait_procs(workers, timeout=180)[1]
+    assert not still_alive([process for process in tree if is_worker(process)])
 
 
-def wait_until(process: subprocess.Popen[bytes], condition: object, seconds: float = 240) -> None:
-    assert callable(condition)
-    for _ in range(int(seconds / 0.05)):
-        if condition() or process.poll() is not None:
+def still_alive(
+    processes: Sequence[psutil.Process], seconds: float = PATIENCE_SECONDS
+) -> list[psutil.Process]:
+    """Those that have not ended after so long. psutil's own wait raises where one is reaped in the
+    moment in which it looks."""
+    never, alive = threading.Event(), list(processes)
+    for _ in range(int(seconds / 0.1)):
+        alive = [process for process in alive if _lives(process)]
+        if not alive:
+            break
+        never.wait(0.1)
+    return alive
+
+
+def _lives(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def strike(processes: Sequence[psutil.Process], signum: signal.Signals) -> None:
+    """A signal to each that still lives."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(signum)
+
+
+def wait_until(
+    process: subprocess.Popen[bytes], condition: Callable[[], object], *, may_end: bool = False
+) -> None:
+    """Until a running job has come so far. One that ends before is an error, with what it said."""
+    for _ in range(int(PATIENCE_SECONDS / 0.05)):
+        if condition():
             return
         try:
             process.wait(timeout=0.05)
         except subprocess.TimeoutExpired:
             continue
+        if may_end or condition():
+            return
+        raise AssertionError(f"ended with {process.returncode}: {process.communicate()[1]!r}")
     raise AssertionError("the job never came so far")
 
 

@@ -20,20 +20,25 @@ REAL_LOOK_SECONDS = 0.5
 
 
 class SteppedClock:
-    """Time passes where it is waited for; only looks at a run take any."""
+    """Time passes where a due time is waited for. A look at a run takes none of it: however slow
+    the machine is, no due time goes by meanwhile."""
 
     def __init__(self) -> None:
         self.moment = datetime(2026, 11, 24, 12, 1, tzinfo=UTC)
-        self.ended = False
+        self.told_to_end = False
 
     def now(self) -> datetime:
         return self.moment
 
     def wait(self, seconds: float) -> bool:
-        self.moment += timedelta(seconds=seconds)
         if seconds == LOOK_SECONDS:
             threading.Event().wait(REAL_LOOK_SECONDS)
-        return self.ended
+        else:
+            self.moment += timedelta(seconds=seconds)
+        return self.told_to_end
+
+    def ended(self) -> bool:
+        return self.told_to_end
 
 
 def main() -> None:
@@ -43,7 +48,7 @@ def main() -> None:
     def tell(line: str) -> None:
         print(line, flush=True)
         if ", exit " in line:
-            clock.ended = not sys.stdin.readline()
+            clock.told_to_end = not sys.stdin.readline()
 
     runner = RayRunner(url, arguments, Place())
     with held_history(Path(history)) as held:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from tests.builders import (
     write_checkpoint,
     write_tar,
 )
-from tests.checkpoints import edit_json, edit_tensors
+from tests.checkpoints import edit_json, edit_tensors, tiny_checkpoint, tiny_config
 
 CUT_AT = 3 * 512  # inside the last sample's picture, see `bad_shards`
 
@@ -228,11 +229,14 @@ def test_an_output_that_holds_foreign_files(refused: Refusal) -> None:
     refused.check("status", refused.output, says=("no dataset.json there",))
 
 
-def test_a_tensor_parallel_that_the_cluster_cannot_place(refused: Refusal) -> None:
+def test_a_tensor_parallel_that_the_cluster_cannot_place(refused: Refusal, tmp_path: Path) -> None:
     """Only Ray knows what the cluster has, so here one starts."""
     cores = os.cpu_count() or 1
-    options = ("--model", refused.model, "--tensor-parallel", str(min(5, cores + 1)))
-    run = run_cli("extract", refused.good, refused.output, *options)
+    wide = replace(tiny_config(), num_heads=cores + 1, hidden_size=16 * (cores + 1))
+    options = ("--model", tiny_checkpoint(tmp_path / "wide", wide).folder)
+    run = run_cli(
+        "extract", refused.good, refused.output, *options, "--tensor-parallel", str(cores + 1)
+    )
     assert_one_line(run, f"the cluster has no GPUs, and its largest node has {cores} CPUs")
 
 

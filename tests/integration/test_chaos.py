@@ -15,7 +15,7 @@ from tests.builders import REPOSITORY
 KILLS = 5
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2700)
 def test_seeded_kills_lose_nothing_and_double_nothing(tmp_path: Path) -> None:
     """In a process of its own: it becomes the parent of all orphans."""
     done = subprocess.run(
@@ -26,7 +26,7 @@ def test_seeded_kills_lose_nothing_and_double_nothing(tmp_path: Path) -> None:
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=840,
+        timeout=2400,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (rows,) = (json.loads(file.read_text()) for file in tmp_path.glob("*-faults-chaos.json"))

@@ -47,7 +47,7 @@ def test_the_demo_shows_what_it_promises(tmp_path: Path) -> None:
         env=cli_env(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     assert opened.returncode == 0, opened.stderr
     assert "0000-astronaut" in opened.stdout

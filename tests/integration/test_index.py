@@ -18,7 +18,7 @@ from pipeline.index_record import RECORD
 from pipeline.index_segments import build_segment
 from pipeline.vector_index import VectorIndex
 from tests.builders import cli_env, files_below
-from tests.running import wait_until
+from tests.running import PATIENCE_SECONDS, wait_until
 from tests.stages import STORAGE
 from tests.vector_outputs import clustered, put_shard, vector_dataset
 
@@ -90,7 +90,10 @@ def test_a_killed_driver_and_the_run_after_it(
     assert len(made) == STARTED
     assert not (index / RECORD).exists()
     again = driver(output, index)
-    told = again.communicate(timeout=120)[1].decode()
+    try:
+        told = again.communicate(timeout=PATIENCE_SECONDS)[1].decode()
+    finally:
+        again.kill()
     assert again.returncode == 0, told
     assert f"segment {SHARDS} of {SHARDS}: {PICTURES} vectors" in told
     assert {path: whole_segments(index)[path] for path in made} == made

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import secrets
 import signal
 import subprocess
@@ -25,16 +26,18 @@ from tests.builders import (
 )
 from tests.fault_proxy import FaultProxy, Rule
 from tests.running import (
+    PATIENCE_SECONDS,
     commits_below,
     comparable,
     endless_shard,
     started_cli,
+    still_alive,
     wait_for_workers,
     wait_until,
 )
 from tests.s3 import S3Server
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(2700)
 
 NUM_SHARDS = 10
 PICTURES = 8
@@ -143,13 +146,13 @@ def test_two_at_once(
         orphans += kill_driver(first)
     assert [name for name in files_below(output / "_runs") if name.startswith("lease-")]
     with endless_shard(job[0]), started(job, output) as third, started(job, output) as fourth:
-        wait_until(third, lambda: fourth.poll() is not None)
+        wait_until(third, lambda: fourth.poll() is not None, may_end=True)
         loser, winner = sorted((third, fourth), key=lambda process: process.poll() is None)
         assert b"another run is at work there" in loser.communicate()[1]
         assert loser.returncode == 2
         wait_until(winner, lambda: len(commits_below(output)) == NUM_SHARDS)
         winner.terminate()
-        _, said = winner.communicate(timeout=180)
+        _, said = winner.communicate(timeout=PATIENCE_SECONDS)
         assert winner.returncode == 128 + signal.SIGTERM, said.decode()
     done = run_cli("extract", job[0], output, "--model", job[1], *OPTIONS)
     assert done.returncode == 0, done.stderr
@@ -162,6 +165,7 @@ def test_a_stopped_job_commits_what_is_complete_and_resumes(
     job: tuple[Path, Path], undisturbed: Path, tmp_path: Path, signum: signal.Signals
 ) -> None:
     output = tmp_path / "out"
+    earlier = clusters()
     with endless_shard(job[0]), started(job, output) as process:
         wait_until(process, lambda: commits_below(output))
         tree = psutil.Process(process.pid).children(recursive=True)
@@ -169,16 +173,17 @@ def test_a_stopped_job_commits_what_is_complete_and_resumes(
             os.killpg(process.pid, signum)  # as a terminal does: to all of the group
         else:
             process.send_signal(signum)
-        _, stderr = process.communicate(timeout=180)
+        _, stderr = process.communicate(timeout=PATIENCE_SECONDS)
         assert process.returncode == 128 + signum, stderr.decode()
         assert b"Traceback" not in stderr
-        assert not psutil.wait_procs(tree, timeout=180)[1]
-        clusters = list(Path(f"/tmp/tessera-{os.getuid()}/ray").glob(f"session_*_{process.pid}"))
-        assert len(clusters) == 1, "Ray was started again while the job ended"
+        assert not still_alive(tree)
+        of_this = [name for name in clusters() - earlier if name.endswith(f"_{process.pid}")]
+        assert len(of_this) == 1, "Ray was started again while the job ended"
     committed = commits_below(output)
     assert committed
     assert "~.json" not in committed
-    left = [name for name in files_below(output) if name.startswith("_runs/")]
+    # A write task that Ray was still ending may leave its part behind, which the next run removes.
+    left = [name for name in files_below(output) if re.match("_runs/(?!.*/parts/)", name)]
     assert [Path(name).name for name in left] == ["progress.json"]
     record = json.loads((output / left[0]).read_bytes())
     assert record["ended"] is True
@@ -189,6 +194,30 @@ def test_a_stopped_job_commits_what_is_complete_and_resumes(
     after = commits_below(output)
     assert {name: after[name] for name in committed} == committed
     assert comparable(output) == comparable(undisturbed)
+
+
+def clusters() -> set[str]:
+    """Sessions of Ray's on this machine; process ids, of which their names have one, come again."""
+    return {path.name for path in Path(f"/tmp/tessera-{os.getuid()}/ray").glob("session_*")}
+
+
+def test_a_stopped_job_waits_for_a_commit_that_is_slow(
+    job: tuple[Path, Path], s3_server: Callable[[str], S3Server]
+) -> None:
+    """Ray's native handler of SIGTERM would abort the process after three seconds."""
+    server = s3_server("moto")
+    output = server.make_bucket(f"slow-{secrets.token_hex(4)}") + "/out"
+    slow = Rule("stall-before", "PUT", "*/out/commits/*", nth=[1])  # ten seconds, and once more
+    with FaultProxy(server.endpoint, [slow]) as proxy:
+        env = {**server.environment, "AWS_ENDPOINT_URL": proxy.endpoint}
+        command = ["extract", job[0], output, "--model", job[1], *OPTIONS]
+        with endless_shard(job[0]), started_cli(*command, env=env) as process:
+            wait_until(process, lambda: proxy.counts[slow.fault])
+            process.terminate()
+            _, stderr = process.communicate(timeout=PATIENCE_SECONDS)
+            assert process.returncode == 128 + signal.SIGTERM, stderr.decode()
+    (late,) = {request.key for request in proxy.seen("PUT") if request.fault}
+    assert late.split("/", 1)[1] in server.objects(output.split("/")[2])
 
 
 def test_ctrl_c_twice_ends_at_once(
@@ -208,9 +237,9 @@ def test_ctrl_c_twice_ends_at_once(
             wait_until(process, lambda: not catches(process.pid, signal.SIGTERM))
             assert process.poll() is None
             os.killpg(process.pid, signal.SIGINT)
-            _, stderr = process.communicate(timeout=180)
+            _, stderr = process.communicate(timeout=PATIENCE_SECONDS)
             assert process.returncode == 128 + signal.SIGINT, stderr.decode()
-            assert not psutil.wait_procs(tree, timeout=180)[1]
+            assert not still_alive(tree)
     assert not [name for name in server.objects(output.split("/")[2]) if "/commits/" in name]
 
 
@@ -230,23 +259,24 @@ def test_a_job_stopped_while_ray_starts_ends_as_any_other(
     """Ray's own handler of SIGTERM would end the process in the middle of it."""
     with started(job, tmp_path / "out") as process:
         driver = psutil.Process(process.pid)
-        wait_until(process, lambda: any("gcs_server" in child.name() for child in children(driver)))
-        tree = children(driver)
+        wait_until(process, lambda: any(map(is_gcs, driver.children(recursive=True))))
+        tree = driver.children(recursive=True)
         if signum == signal.SIGINT:
             os.killpg(process.pid, signum)
         else:
             process.send_signal(signum)
-        _, stderr = process.communicate(timeout=180)
+        _, stderr = process.communicate(timeout=PATIENCE_SECONDS)
         assert process.returncode == 128 + signum, stderr.decode()
         assert b"Traceback" not in stderr
-        assert not psutil.wait_procs(tree, timeout=180)[1]
+        assert not still_alive(tree)
     assert not commits_below(tmp_path / "out")
     assert not list((tmp_path / "out/_runs").glob("lease-*"))
 
 
-def children(process: psutil.Process) -> list[psutil.Process]:
-    found: list[psutil.Process] = process.children(recursive=True)
-    return found
+def is_gcs(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return "gcs_server" in process.name()
+    return False
 
 
 def test_a_finished_job_does_nothing(job: tuple[Path, Path], undisturbed: Path) -> None:
@@ -260,4 +290,4 @@ def test_a_finished_job_does_nothing(job: tuple[Path, Path], undisturbed: Path) 
 def test_nothing_is_left_of_killed_drivers(orphans: list[psutil.Process]) -> None:
     """Ray's agents wait for a head that died while it started; a minute later they give up."""
     assert orphans, "no driver was killed"
-    assert not psutil.wait_procs(orphans, timeout=300)[1]
+    assert not still_alive(orphans)

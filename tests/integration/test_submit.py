@@ -6,7 +6,8 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from tests.builders import (
 )
 from tests.ray_head import Head, ray_head
 from tests.relay import relay
+from tests.running import PATIENCE_SECONDS
 
 MANY = 5000  # minutes of work: none ends them before it is told to
 
@@ -52,10 +54,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def submit(head: Head, *arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
     words = ["submit", "--address", head.url, *map(str, arguments)]
-    return run_cli(*words, env={**head.env, **env}, timeout=240)
+    return run_cli(*words, env={**head.env, **env})
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 180) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = PATIENCE_SECONDS) -> None:
     """Looks every 0.1 s."""
     never = threading.Event()
     for _ in range(int(seconds / 0.1)):
@@ -63,6 +65,22 @@ def wait_for(condition: Callable[[], object], seconds: float = 180) -> None:
             return
         never.wait(0.1)
     raise AssertionError("it never came so far")
+
+
+@contextmanager
+def ended_at_last(
+    command: Sequence[object], env: dict[str, str], **pipes: int
+) -> Iterator[subprocess.Popen[str]]:
+    """A process whose stdout is read, and which is gone afterwards."""
+    process = subprocess.Popen(
+        [str(word) for word in command], env=env, stdout=subprocess.PIPE, text=True, **pipes
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()
 
 
 def test_a_job_is_followed_to_its_end(head: Head, work: Path) -> None:
@@ -132,12 +150,14 @@ def test_a_cut_connection_costs_no_line_and_no_line_comes_twice(head: Head, tmp_
     )
     env = cli_env(head.env)
     subprocess.run([sys.executable, tmp_path / "submit.py", head.url], env=env, check=True)
-    with relay(int(head.url.rpartition(":")[2])) as between:
-        process = subprocess.Popen(
+    with (
+        relay(int(head.url.rpartition(":")[2])) as between,
+        ended_at_last(
             [sys.executable, "-m", "jobs.cli", "submit", "--address",
              f"http://127.0.0.1:{between.port}", "--follow", "talk"],
-            env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            env, stderr=subprocess.PIPE,
+        ) as process,
+    ):  # fmt: skip
         assert process.stdout is not None
         seen = []
         while not seen or seen[-1] != "line 19\n":
@@ -146,7 +166,7 @@ def test_a_cut_connection_costs_no_line_and_no_line_comes_twice(head: Head, tmp_
         before = between.connections
         assert between.cut() > 0
         go_on.touch()
-        rest, errors = process.communicate(timeout=180)
+        rest, errors = process.communicate(timeout=PATIENCE_SECONDS)
     assert between.connections > before, "it came back"
     lines = [*seen, *rest.splitlines(keepends=True)]
     said = [line for line in lines if line.startswith("line ")]
@@ -164,33 +184,30 @@ def test_a_schedule_computes_what_changed_and_nothing_else(head: Head, tmp_path:
     for number in range(3):
         write_tar(source / f"{number}.tar", samples(4, seed=number))
     checkpoint = write_checkpoint(tmp_path / "model")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.stepped_schedule", head.url, history,
-         source, output, "--model", checkpoint, "--dtype", "float32"],
-        env=cli_env(head.env), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stdin is not None
-    assert process.stdout is not None
+    command = [
+        sys.executable, "-m", "tests.stepped_schedule", head.url, history,
+        source, output, "--model", checkpoint, "--dtype", "float32",
+    ]  # fmt: skip
+    with ended_at_last(command, cli_env(head.env), stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
 
-    def next_end() -> str:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if ", exit " in line:
-                return line
-        raise AssertionError(process.wait())
+        def next_end() -> str:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if ", exit " in line:
+                    return line
+            raise AssertionError(process.wait())
 
-    assert "SUCCEEDED, exit 0" in next_end()
-    write_tar(source / "3.tar", samples(2, seed=30))
-    size = len(samples(1))
-    write_tar(source / "1.tar", samples(4, seed=99)[:size] + samples(4, seed=1)[size:])
-    (source / "2.tar").unlink()
-    process.stdin.write("\n")
-    process.stdin.flush()
-    next_end()
-    process.stdin.write("\n")
-    process.stdin.flush()
-    next_end()
-    process.communicate(timeout=180)  # closes stdin: it ends
+        assert "SUCCEEDED, exit 0" in next_end()
+        write_tar(source / "3.tar", samples(2, seed=30))
+        size = len(samples(1))
+        write_tar(source / "1.tar", samples(4, seed=99)[:size] + samples(4, seed=1)[size:])
+        (source / "2.tar").unlink()
+        for _ in range(2):
+            process.stdin.write("\n")
+            process.stdin.flush()
+            next_end()
+        process.communicate(timeout=PATIENCE_SECONDS)  # closes stdin: it ends
     assert process.returncode == 0
     ends = [run.end for run in read_history(history)]
     changes = [end.changed for end in ends if end is not None and end.changed is not None]

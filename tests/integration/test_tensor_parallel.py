@@ -23,10 +23,13 @@ from pipeline.shards import list_shards
 from pipeline.storage import Storage
 from tests.builders import picture, run_cli, sample, write_checkpoint, write_tar
 from tests.running import (
+    PATIENCE_SECONDS,
     commits_below,
     comparable,
     endless_shard,
     started_cli,
+    still_alive,
+    strike,
     wait_until,
 )
 
@@ -82,8 +85,7 @@ def test_a_killed_rank_and_a_killed_replica_change_no_byte(
     def kill_one(process: subprocess.Popen[bytes], title: str) -> bool:
         """Kills one that is at work: rank 1 is there as soon as all have loaded."""
         found = processes(process.pid, title)
-        for victim in found:
-            victim.kill()
+        strike(found, signal.SIGKILL)
         killed.extend(victim.pid for victim in found)
         return bool(found)
 
@@ -94,16 +96,16 @@ def test_a_killed_rank_and_a_killed_replica_change_no_byte(
         wait_until(process, lambda: commits_below(output))
         first = processes(process.pid, REPLICA)
         wait_until(process, lambda: kill_one(process, "model.ranks"))
-        assert not psutil.wait_procs(first, timeout=180)[1]
+        assert not still_alive(first)
         wait_until(process, lambda: kill_one(process, REPLICA))
         wait_until(process, lambda: len(commits_below(output)) == NUM_SHARDS)
         tree = psutil.Process(process.pid).children(recursive=True)
         process.terminate()
-        _, stderr = process.communicate(timeout=180)
+        _, stderr = process.communicate(timeout=PATIENCE_SECONDS)
         assert process.returncode == 128 + signal.SIGTERM, stderr.decode()
     assert len(killed) == 2
     assert b"rank 1 ended with status -9" in stderr
-    assert not psutil.wait_procs(tree, timeout=180)[1]
+    assert not still_alive(tree)
     done = run_cli("extract", job[0], output, "--model", job[1], *OPTIONS)
     assert (done.returncode, done.stdout) == (0, NOTHING_TO_DO), done.stderr
     assert comparable(output) == comparable(undisturbed)
@@ -127,21 +129,27 @@ def test_a_stopped_rank_changes_no_byte(
     settings = flow_settings(
         config, checkpoint, dataset, Pool("cpu", (1, 1), 2, 2, 32, None), storage, "run"
     )
-    settings = replace(settings, replica=replace(settings.replica, hang_seconds=8.0))
+    settings = replace(settings, replica=replace(settings.replica, hang_seconds=15.0))
     stopped: list[psutil.Process] = []
+    stop = threading.Event()
 
     def stop_one(tally: Tally) -> None:
         if tally.committed and not stopped:
             stopped.extend(processes(psutil.Process().pid, "model.ranks"))
-            for rank in stopped:
-                rank.send_signal(signal.SIGSTOP)
+            strike(stopped, signal.SIGSTOP)
+        if tally.committed == NUM_SHARDS:
+            stop.set()
 
-    tally = run_shards(list_shards(config.input, storage), settings, stop_one, threading.Event())
+    with endless_shard(job[0]):  # or the replica may have been given up by then
+        try:
+            tally = run_shards(list_shards(config.input, storage), settings, stop_one, stop)
+        finally:
+            stop.set()
 
     assert tally.failures == []
     assert tally.committed == NUM_SHARDS
     assert len(stopped) == 1
-    assert not psutil.wait_procs(stopped, timeout=60)[1]
+    assert not still_alive(stopped)
     storage.remove(str(tmp_path / "out" / "_runs"))
     assert comparable(tmp_path / "out") == comparable(undisturbed)
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.cluster import cause, plan_pool, tell_of_lost_head, tell_of_lost_raylet
+from jobs.cluster import cause, connect, plan_pool, tell_of_lost_head, tell_of_lost_raylet
+from jobs.terminal import BrokenRunError
 from model.errors import UserError
 
 
@@ -75,6 +76,21 @@ def test_a_head_that_is_lost_is_told_once(
     assert line.startswith(
         f"tessera: the head of the Ray cluster (127.0.0.1:{port}) does not answer"
     )
+
+
+def test_a_cluster_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray says so with a bare Exception, after 30 s of its own."""
+
+    def init(**_: object) -> None:
+        raise Exception("The current node timed out during startup. This\n\ncould happen.")
+
+    monkeypatch.setattr("ray.init", init)
+    for name in ("keep_session_private", "keep_token_private"):
+        monkeypatch.setattr(f"jobs.cluster.{name}", lambda *_, **__: None)
+    monkeypatch.setattr("os.environ", {})
+    with pytest.raises(BrokenRunError, match=r"^Ray did not start on this machine: ") as told:
+        connect()
+    assert "\n" not in str(told.value)
 
 
 LISTEN = """

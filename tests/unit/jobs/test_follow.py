@@ -157,6 +157,23 @@ def test_a_job_nobody_knows_ends_at_once() -> None:
         followed(Empty(()))
 
 
+def test_the_end_of_a_log_is_asked_for_again(capsys: pytest.CaptureFixture[str]) -> None:
+    class Slow(Broken):
+        asked_for_log = 0
+
+        def log(self, job_id: str) -> str:
+            self.asked_for_log += 1
+            if self.asked_for_log < 3:
+                raise BrokenRunError("500")
+            return LOG
+
+    pauses: list[float] = []
+    text, _ = followed(Slow((10,)), pause=pauses.append)
+    assert text == LOG
+    assert capsys.readouterr().err == ""
+    assert pauses == [1.0, 1.0]
+
+
 def test_a_log_that_is_gone_does_not_hide_how_the_job_ended(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -41,6 +41,9 @@ class FakeClock:
         assert seconds > 0, "it would turn on the spot"
         self.waited.append(seconds)
         self.moment += timedelta(seconds=seconds)
+        return self.ended()
+
+    def ended(self) -> bool:
         return self.moment >= self.end
 
 
@@ -229,6 +232,36 @@ def test_a_log_that_is_gone_does_not_stop_the_schedule(bench: Bench, error: Exce
         assert run.end is not None
         assert (run.end.status, run.end.exit, run.end.changed) == ("SUCCEEDED", 0, None)
         assert run.end.message == f"its log cannot be read: {error}"
+
+
+def test_a_log_that_cannot_be_had_for_a_moment_is_asked_for_again(bench: Bench) -> None:
+    real_log, troubles = bench.runner.log, [BrokenRunError("500"), TimeoutError("60 s")]
+
+    def slow(run: str) -> str:
+        if troubles:
+            raise troubles.pop()
+        return real_log(run)
+
+    bench.runner.log = slow  # type: ignore[method-assign]
+    (run,) = bench.run(50)
+    assert run.end is not None
+    assert (run.end.status, run.end.changed, run.end.message) == ("SUCCEEDED", SUMMARY, "")
+
+
+def test_told_to_end_during_a_look_it_starts_no_run_that_is_due(bench: Bench) -> None:
+    """A run longer than the timetable's interval ends in the very look in which SIGTERM comes."""
+    bench.runner.minutes, real_job = 45.0, bench.runner.job
+
+    def job(run: str) -> Job:
+        if (looked := real_job(run)).over:
+            bench.clock.end = bench.clock.moment
+        return looked
+
+    bench.runner.job = job  # type: ignore[method-assign]
+    (run,) = bench.run(500)
+    assert bench.dues() == [30]
+    assert run.end is not None
+    assert run.end.status == "SUCCEEDED"
 
 
 def test_a_clock_that_was_ahead_for_a_time_stops_nothing(bench: Bench) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import requests
 
 from jobs import submit as submit_module
 from jobs.ray_jobs import Cluster, Job
@@ -46,9 +48,24 @@ def test_code_files_and_metadata_are_handed_over() -> None:
     assert {"model", "pipeline", "jobs", "job.yaml"} <= taken["sent"]
     assert not Path(taken["runtime_env"]["working_dir"]).exists(), "nothing stays here"
     assert set(taken["runtime_env"]) == {"working_dir", "env_vars"}
-    assert taken["runtime_env"]["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "60"}
+    assert taken["runtime_env"]["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "300"}
     assert (taken["submission_id"], taken["metadata"]) == ("mine", {"verb": "extract"})
     assert taken["entrypoint"] == "python -m jobs.cli extract"
+
+
+def test_a_lost_answer_leaves_the_id() -> None:
+    """The cluster may have taken the job, and nobody would know its name."""
+    given: list[str] = []
+
+    def submit_job(submission_id: str, **_: object) -> str:
+        given.append(submission_id)
+        raise requests.ReadTimeout
+
+    cluster = Cluster(SimpleNamespace(submit_job=submit_job))
+    with pytest.raises(BrokenRunError, match="may have taken the job: tessera submit") as told:
+        submit(cluster, SUBMISSION, Place())
+    assert re.fullmatch("tessera-[0-9a-f]{12}", given[0])
+    assert str(told.value).endswith(f"--follow {given[0]}")
 
 
 def test_a_full_disk_is_one_line() -> None:
