@@ -7,10 +7,11 @@ import asyncio
 import base64
 import io
 import itertools
+import re
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,12 @@ from PIL import Image
 
 START_SECONDS = 120
 LOOK_SECONDS = 0.25
+GONE = re.compile("navigated or closed|context was destroyed|Cannot find context")
 COLOURS = 128  # of a palette: a third of the size, and nobody sees it on a page
+
+
+class ContextGoneError(Exception):
+    """The page went to another address while it was asked."""
 
 
 class Page:
@@ -38,6 +44,8 @@ class Page:
             if "method" in answer:
                 self.events.append(answer)
             elif answer.get("id") == number:
+                if GONE.search(str(answer.get("error", ""))):
+                    raise ContextGoneError(method)
                 assert "error" not in answer, (method, answer["error"])
                 result: dict[str, Any] = answer["result"]
                 return result
@@ -57,8 +65,9 @@ class Page:
     async def wait_for(self, condition: str, seconds: float = 60) -> None:
         """Until a JavaScript expression is true."""
         for _ in range(int(seconds / LOOK_SECONDS)):
-            if await self.value(condition) is True:
-                return
+            with suppress(ContextGoneError):
+                if await self.value(condition) is True:
+                    return
             await asyncio.sleep(LOOK_SECONDS)
         raise AssertionError(f"never {condition}: {await self.value('document.body.innerText')}")
 
@@ -140,7 +149,11 @@ async def browser() -> AsyncIterator[Page]:
                     yield Page(socket)
         finally:
             process.terminate()
-            await process.wait()
+            try:
+                await asyncio.wait_for(process.wait(), START_SECONDS)
+            except TimeoutError:
+                process.kill()
+                await process.wait()
 
 
 async def _port(file: Path) -> int:

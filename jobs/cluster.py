@@ -29,6 +29,7 @@ from jobs.local_ray import (
 )
 from jobs.terminal import BrokenRunError, divert_native_stderr
 from model.errors import UserError
+from pipeline.cpus import usable_cpus
 from pipeline.lease import LeaseLostError
 from pipeline.ledger import LedgerError
 
@@ -112,7 +113,7 @@ def _start_local() -> None:
         with on_loopback():
             ray.init(
                 address="local",
-                num_cpus=(os.cpu_count() or 1) + LOCAL_EXTRA_CPUS,
+                num_cpus=usable_cpus() + LOCAL_EXTRA_CPUS,
                 include_dashboard=False,
                 logging_level=logging.ERROR,
             )
@@ -230,13 +231,13 @@ def plan_pool(
     gpus = [int(n["Resources"].get("GPU", 0)) for n in ray.nodes() if n["Alive"]]
     cpus = ray.cluster_resources().get("CPU", 0)
     num_io_tasks = max(2, min(64, int(cpus) // 4))
-    num_tile_tasks = os.cpu_count() if started_here else None
+    num_tile_tasks = usable_cpus() if started_here else None
     if not any(gpus):
         if dtype == "fp8":
             raise UserError("dtype fp8: the cluster has no GPUs; use bfloat16 or float32")
         cores = max(int(n["Resources"].get("CPU", 0)) for n in ray.nodes() if n["Alive"])
         if started_here:
-            cores = os.cpu_count() or 1
+            cores = usable_cpus()
         if tensor_parallel > cores:
             raise UserError(
                 f"tensor_parallel {tensor_parallel}: the cluster has no GPUs, and its largest node "

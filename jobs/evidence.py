@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -314,7 +313,3 @@ def _rates(looked: Survey, trial: Trial, costs: Costs, seen: int) -> list[Rate]:
             source=f"{seen / 1e6:,.0f} MB of the sample, from here",
         ),
     ]
-
-
-def cores() -> int:
-    return os.cpu_count() or 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import sys
 import time
@@ -228,12 +227,13 @@ def build_on_ray(requests: Sequence[SegmentRequest], storage: Storage) -> list[S
     import ray
 
     from jobs.cluster import broken_runs_explained, connect
+    from pipeline.cpus import usable_cpus
     from pipeline.index_flow import build_side_by_side
 
     with redirect_stdout(sys.stderr):  # Ray prints what workers say; stdout is for the result
         started_here = connect()
         cpus = int(ray.cluster_resources().get("CPU", 1))
-        at_once = (os.cpu_count() or 1) if started_here else cpus
+        at_once = usable_cpus() if started_here else cpus
         built: dict[str, Segment] = {}
         try:
             with broken_runs_explained():

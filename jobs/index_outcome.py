@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from jobs.index_choice import Choice
+from pipeline.cpus import usable_cpus
 from pipeline.index_kinds import task_bytes, training_bytes, vector_bytes
 from pipeline.index_plan import IndexPlan
 from pipeline.index_record import IndexRecord, Kind
@@ -79,7 +79,7 @@ def estimate_of(choice: Choice, plan: IndexPlan, vectors: int) -> Estimate:
         segments_to_build=len(groups),
         training_bytes=training_bytes(parameters, width) if trains else 0,
         task_bytes=task_bytes(parameters, width, max(groups)) if groups else 0,
-        tasks_at_once=min(len(groups), os.cpu_count() or 1),
+        tasks_at_once=min(len(groups), usable_cpus()) if len(groups) > 1 else len(groups),
         index_bytes=vector_bytes(parameters, width) * (held_vectors + sum(groups)),
         reasons=choice.reasons,
     )

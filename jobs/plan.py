@@ -15,7 +15,7 @@ from jobs.comparisons import Asked, compare, fewer_tiles, work_of
 from jobs.cpu_rate import measure, shared_rate
 from jobs.device_rates import with_measured
 from jobs.device_tables import load_devices, load_prices
-from jobs.evidence import Evidence, chunk_sizes, cores, layout_by, look, tiling_by
+from jobs.evidence import Evidence, chunk_sizes, layout_by, look, tiling_by
 from jobs.outcome import CPU_CHUNK_TILES, CpuRun, Outcome, Setting, outcome
 from jobs.plan_document import (
     Capacity,
@@ -34,6 +34,7 @@ from jobs.sampling import Estimate
 from jobs.stage_clock import EncodeJob, TileJob
 from model.config import Preprocessor
 from model.errors import UserError
+from pipeline.cpus import usable_cpus
 from pipeline.storage import Storage, redact
 
 BUSY = 0.5  # load a core above which what is measured here is worth a warning
@@ -106,16 +107,16 @@ def _measure_cpu(
         features=config.features,
         embedding_dtype=config.embedding_dtype,
         batch_tiles=config.batch_tiles,
-        threads=max(1, cores() // replicas),
+        threads=max(1, usable_cpus() // replicas),
         chunk_tiles=chunk_tiles,
     )
-    rates = measure(evidence.kept, tile, encode, replicas, cores(), say)
-    source = f"{replicas} replicas and {cores()} tiling tasks on {cores()} cores here"
-    return CpuRun(rates, cores(), replicas, "measured", f"{source}; {rates.detail}")
+    rates = measure(evidence.kept, tile, encode, replicas, usable_cpus(), say)
+    source = f"{replicas} replicas and {usable_cpus()} tiling tasks on {usable_cpus()} cores here"
+    return CpuRun(rates, usable_cpus(), replicas, "measured", f"{source}; {rates.detail}")
 
 
 def _busy() -> list[str]:
-    load, number = os.getloadavg()[0], cores()
+    load, number = os.getloadavg()[0], usable_cpus()
     if load <= BUSY * number:
         return []
     note = (

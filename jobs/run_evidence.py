@@ -15,13 +15,14 @@ from jobs.capacity import Costs
 from jobs.cpu_rate import CpuRates
 from jobs.device_rates import with_measured
 from jobs.device_tables import DeviceTable, Measured
-from jobs.evidence import Evidence, Way, WayTotals, chunk_sizes, cores, list_input
+from jobs.evidence import Evidence, Way, WayTotals, chunk_sizes, list_input
 from jobs.outcome import CpuRun
 from jobs.plan_document import Rate, SampleNote
 from jobs.plan_options import PlanConfig
 from jobs.sampling import Estimate, choose, estimate_total
 from model.errors import UserError
 from pipeline.commits import Commit, Dataset, committed_shards, read_commits, read_dataset
+from pipeline.cpus import usable_cpus
 from pipeline.generations import part_paths
 from pipeline.layout import Layout, layout_of
 from pipeline.storage import Storage, explained, redact
@@ -164,7 +165,7 @@ def cpu_of(run: Run, replicas: int) -> CpuRun | None:
         return None
     tile_seconds = sum(commit.seconds.tile for commit in run.commits)
     embedding = replicas * found.tiles / found.seconds
-    tiling = cores() * _computed_tiles(run.commits) / max(tile_seconds, 1e-9)
+    tiling = usable_cpus() * _computed_tiles(run.commits) / max(tile_seconds, 1e-9)
     rates = CpuRates(
         encode_alone=embedding,
         encode_beside=embedding,
@@ -174,7 +175,7 @@ def cpu_of(run: Run, replicas: int) -> CpuRun | None:
         detail="of a run",
     )
     source = f"{redact(run.output)}: {found.tiles:,} tiles, seconds of its replicas"
-    return CpuRun(rates, cores(), replicas, "run", source)
+    return CpuRun(rates, usable_cpus(), replicas, "run", source)
 
 
 @dataclass(frozen=True)

@@ -270,22 +270,24 @@ class _Ranks(threading.Thread):
             self._start_rank(rank, selector)
         self._started.set()
         stillness = Stillness(self._memory.rounds)
-        while not self._closing.is_set():
-            self._memory.rounds[0] += 1
-            self._hear(selector)
-            for rank, process in enumerate(self.processes, 1):
-                if process.poll() is not None:
-                    self._fail(f"rank {rank} ended with status {process.returncode}", selector)
+        try:
+            while not self._closing.is_set():
+                self._memory.rounds[0] += 1
+                self._hear(selector)
+                for rank, process in enumerate(self.processes, 1):
+                    if process.poll() is not None:
+                        self._fail(f"rank {rank} ended with status {process.returncode}", selector)
+                        return
+                if self._pulse.hung():
+                    beats = ", ".join(map(str, self._memory.beats))
+                    self._fail(f"no rank makes progress (collectives of each: {beats})", selector)
                     return
-            if self._pulse.hung():
-                beats = ", ".join(map(str, self._memory.beats))
-                self._fail(f"no rank makes progress (collectives of each: {beats})", selector)
-                return
-            if still := stillness.longer_than(self._settings.hang_seconds):
-                self._fail(f"rank {still[0]} has stopped", selector)
-                return
-        for key in selector.get_map().values():
-            os.close(key.fd)
+                if still := stillness.longer_than(self._settings.hang_seconds):
+                    self._fail(f"rank {still[0]} has stopped", selector)
+                    return
+        finally:
+            for key in selector.get_map().values():
+                os.close(key.fd)
 
     def _hear(self, selector: selectors.BaseSelector) -> None:
         for key, _ in selector.select(POLL_SECONDS):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from pipeline.checksums import CompositeMd5, DamagedObjectError
@@ -31,6 +32,7 @@ class ForwardReader(io.RawIOBase):
         self._block_start = -BLOCK_BYTES  # the first block follows
         self._ahead: tuple[int, Future[bytes]] | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        self._closed = threading.Event()
         self._digest = storage.digest(url, info)
         self.last_read = b""
 
@@ -93,6 +95,7 @@ class ForwardReader(io.RawIOBase):
         )
 
     def close(self) -> None:
+        self._closed.set()  # Python ends when the pool has: no retries that nobody waits for
         self._pool.shutdown(wait=False, cancel_futures=True)
         super().close()
 
@@ -119,4 +122,4 @@ class ForwardReader(io.RawIOBase):
 
     def _request(self, start: int) -> bytes:
         end = min(start + BLOCK_BYTES, self.num_bytes)
-        return self._storage.read_range(self._url, start, end, self._info.etag)
+        return self._storage.read_range(self._url, start, end, self._info.etag, self._closed)

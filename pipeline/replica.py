@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from model.checkpoint import open_checkpoint, weights_digest
 from model.errors import CheckpointError
 from pipeline.chunks import Chunk
+from pipeline.cpus import usable_cpus
 from pipeline.embedding import PartSettings, embed_chunk, reject_chunk
 from pipeline.records import Compute, Row, Work
 
@@ -119,7 +120,7 @@ class Replica:
         self._settings = settings
         # Ray sets one thread for an actor of less than two CPUs.
         sharers = settings.cpu_sharers * settings.tensor_parallel
-        threads = max(1, (os.cpu_count() or 1) // sharers)
+        threads = max(1, usable_cpus() // sharers)
         how: dict[str, Any] = {
             "dtype": settings.dtype,
             "device": settings.device,

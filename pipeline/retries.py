@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -46,14 +47,16 @@ def retried(
     what: str,
     url: str,
     waits: float = 0.0,
+    unwanted: threading.Event | None = None,
     **kwargs: Any,
 ) -> T:
     """The result of `function(*args, **kwargs)`; an error says `cannot {what} {url}`.
 
-    A request has `deadline_seconds`, and `waits` more where it is known to take long.
+    A request has `deadline_seconds`, and `waits` more where it is known to take long. Once
+    `unwanted` is set it is not tried again.
 
     Raises:
-        OSError: what cannot pass (not found, forbidden), or did not pass in ATTEMPTS.
+        OSError: what cannot pass (not found, forbidden), did not pass in ATTEMPTS, or is unwanted.
     """
     if isinstance(fs, AsyncFileSystem):
         kwargs["timeout"] = deadline_seconds + waits
@@ -79,12 +82,17 @@ def retried(
             if attempt == ATTEMPTS or is_out_of_space(fault):
                 kind = CredentialsError if isinstance(fault, no_credentials_now()) else OSError
                 raise kind(f"cannot {what} {redact(url)}: {reason} ({attempt} attempts)") from error
+            if unwanted is not None and unwanted.is_set():
+                raise OSError(f"cannot {what} {redact(url)}: {reason} (given up)") from error
             pause = FIRST_PAUSE_SECONDS * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)  # noqa: S311 jitter
             logger.warning(
                 "%s %s: %s; attempt %d of %d, next in %.1f s",
                 what, redact(url), reason, attempt, ATTEMPTS, pause,
             )  # fmt: skip
-            time.sleep(pause)
+            if unwanted is None:
+                time.sleep(pause)
+            else:
+                unwanted.wait(pause)
         except UserError:
             raise
         except Exception as error:  # a storage's own kind of error: told, never tried again

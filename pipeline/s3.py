@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,17 @@ async def _first_byte(fs: fsspec.AbstractFileSystem, named: Mapping[str, str]) -
     await answer["Body"].aclose()
 
 
+@dataclass
+class _Came:
+    """What one request has brought so far.
+
+    `whole`: where it asked for the whole object, its length, its version and its checksum.
+    """
+
+    pieces: list[bytes] = field(default_factory=list)
+    whole: tuple[int, str | None, Checksum | None] | None = None
+
+
 class Download:
     """Reading an object, or bytes [start, end) of it, in as many attempts as it takes.
 
@@ -145,10 +157,10 @@ class Download:
         """
         from botocore.exceptions import FlexibleChecksumError  # s3fs has loaded it
 
-        came: list[bytes] = []  # of its own: a request that was given up may still add to it
+        came = _Came()  # of its own: a request that was given up may still add to it
         try:
             if not self._is_whole():
-                sync(self._fs.loop, self._receive, came, timeout=timeout)
+                sync(self._fs.loop, self._receive, self._request(), came, timeout=timeout)
         except FlexibleChecksumError as error:
             self._begin_again()
             raise DamagedObjectError(str(error)) from error
@@ -160,34 +172,45 @@ class Download:
             if error_code(error) in ("InvalidRange", "416") and self._wanted_end is None:
                 self._begin_again()  # the length that the first answer told was wrong
                 raise
-            self._came += b"".join(came)
+            self._add(came)
             raise
-        self._came += b"".join(came)
+        self._add(came)
         if not self._is_whole():
             raise ConnectionError(f"{len(self._came)} bytes of {self._length()}")
         return self._checked()
 
-    async def _receive(self, came: list[bytes]) -> None:
-        first = self._start + len(self._came)
+    def _request(self) -> dict[str, Any]:
         request: dict[str, Any] = dict(self._named)
         if self._end is None:
             request["ChecksumMode"] = "ENABLED"
         else:
-            request["Range"] = f"bytes={first}-{self._end - 1}"
+            request["Range"] = f"bytes={self._start + len(self._came)}-{self._end - 1}"
         if self._etag is not None:
             request["IfMatch"] = f'"{self._etag}"'
+        return request
+
+    async def _receive(self, request: Mapping[str, Any], came: _Came) -> None:
         answer = await self._fs._call_s3("get_object", **request)
         async with answer["Body"] as body:
             etag = str(answer.get("ETag", "")).strip('"') or None
             if self._wanted_etag not in (None, etag):  # where the store passes over If-Match
                 raise ObjectChangedError("the object was replaced while it was read")
-            if self._end is None:
-                self._end, self._etag = answer["ContentLength"], etag
-                self._checksum = of_answer(answer, self._named["Bucket"])
-            elif not str(answer.get("ContentRange", "")).startswith(f"bytes {first}-"):
-                raise RangeIgnoredError(f"asked for bytes from {first}, the answer is another")
+            asked = request.get("Range")
+            if asked is None:
+                checksum = of_answer(answer, self._named["Bucket"])
+                came.whole = (answer["ContentLength"], etag, checksum)
+            else:
+                first = asked.removeprefix("bytes=").partition("-")[0]
+                if not str(answer.get("ContentRange", "")).startswith(f"bytes {first}-"):
+                    raise RangeIgnoredError(f"asked for bytes from {first}, the answer is another")
             while piece := await body.read(PIECE_BYTES):
-                came.append(piece)
+                came.pieces.append(piece)
+
+    def _add(self, came: _Came) -> None:
+        pieces = b"".join(came.pieces)  # before `whole`, which is there before them
+        if came.whole is not None:
+            self._end, self._etag, self._checksum = came.whole
+        self._came += pieces
 
     def _length(self) -> int | None:
         return None if self._end is None else self._end - self._start

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -217,8 +218,16 @@ class Storage:
 
         return self._call(fs, request, what="read", url=url)
 
-    def read_range(self, url: str, start: int, end: int, etag: str | None = None) -> bytes:
-        """Bytes [start, end) of an object; a short answer counts as a broken connection.
+    def read_range(
+        self,
+        url: str,
+        start: int,
+        end: int,
+        etag: str | None = None,
+        unwanted: threading.Event | None = None,
+    ) -> bytes:
+        """Bytes [start, end) of an object; a short answer counts as a broken connection. Once
+        `unwanted` is set, one that breaks is not made again.
 
         Raises:
             ObjectChangedError: it is not the version `etag` (where the store names versions).
@@ -228,7 +237,7 @@ class Storage:
         if s3.is_s3(fs):
             download = s3.Download(fs, path, start, end, etag)
             try:
-                return self._call(fs, download.attempt, what=what, url=url)
+                return self._call(fs, download.attempt, what=what, url=url, unwanted=unwanted)
             except s3.RangeIgnoredError as error:
                 raise _ignores_ranges(url) from error
 
@@ -240,7 +249,7 @@ class Storage:
                 raise ConnectionError(f"{len(data)} of {end - start} bytes at offset {start}")
             return data
 
-        return self._call(fs, request, what=what, url=url)
+        return self._call(fs, request, what=what, url=url, unwanted=unwanted)
 
     def iter_files(self, folder: str, depth: int | None = None) -> Iterator[str]:
         """Every file below a folder, by its path below it, as the listing goes on; none if it is

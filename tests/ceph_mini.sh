@@ -93,8 +93,9 @@ start() {
         fail "a daemon did not start; its words stand above and in $dir"
     fi
     until curl --silent --max-time 5 --output /dev/null "http://127.0.0.1:$port/"; do
-        # radosgw goes to the background before it binds its port.
-        if [[ ! -s $dir/client.rgw.pid ]] || ((SECONDS > START_SECONDS)); then
+        # radosgw goes to the background before it writes its process id down and binds its port.
+        if { [[ -s $dir/client.rgw.pid ]] && ! kill -0 "$(cat "$dir/client.rgw.pid")" 2>/dev/null; } ||
+            ((SECONDS > START_SECONDS)); then
             grep -h ' -1 ' "$dir/client.rgw.log" >&2 || true
             stop "$dir"
             fail "radosgw does not answer on port $port; see $dir"
@@ -116,7 +117,7 @@ stop() {
     done
     for name in "${!running[@]}"; do
         pid=${running[$name]}
-        timeout 10 tail --pid="$pid" --sleep-interval=0.05 -f /dev/null ||
+        timeout 60 tail --pid="$pid" --sleep-interval=0.05 -f /dev/null ||
             fail "$name (process $pid) does not end"
     done
 }

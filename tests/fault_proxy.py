@@ -127,6 +127,7 @@ class FaultProxy:
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._listings: dict[str, Answer] = {}
+        self._bucket: str | None = None
         self.rules = rules
         owner = self
 
@@ -176,10 +177,12 @@ class FaultProxy:
         self._server.shutdown()
         self._server.server_close()
 
-    def restart(self) -> None:
-        """Forgets what came, and all rules."""
+    def restart(self, bucket: str | None = None) -> None:
+        """Forgets what came, and all rules. Of other buckets than `bucket` nothing is disturbed or
+        written down from here on: what was given up before may come late."""
         self.rules = ()
         with self._lock:
+            self._bucket = bucket
             self.requests.clear()
             self.counts.clear()
             self._listings.clear()
@@ -222,12 +225,15 @@ class FaultProxy:
         signer = signed[1] if signed else None
         path = re.sub(r"_runs/[^/]+/", "_runs/*/", client.path)  # whose names are made up
         identity = f"{client.command} {path} {span}"
-        rule = self._choose(operation, key, identity)
+        ours = self._bucket in (None, key.partition("/")[0])
+        rule = self._choose(operation, key, identity) if ours else None
         fault = rule.fault if rule is not None else None
 
         def book(status: int) -> None:
             request = Request(operation, key, span, url.query, signer, fault, status)
             with self._lock:
+                if self._bucket not in (None, key.partition("/")[0]):
+                    return
                 self.requests.append(request)
                 if fault is not None:
                     self.counts[fault] += 1

@@ -24,6 +24,7 @@ class FaultyServer:
         self.faults: list[str] = []
         self.num_requests = 0
         self._ended = threading.Event()
+        self._lock = threading.Lock()
         owner = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -55,8 +56,9 @@ class FaultyServer:
         self._server.server_close()
 
     def _answer(self, request: BaseHTTPRequestHandler, data: bytes) -> None:
-        self.num_requests += 1
-        fault = self.faults.pop(0) if self.faults else "none"
+        with self._lock:
+            self.num_requests += 1
+            fault = self.faults.pop(0) if self.faults else "none"
         body, status = data, 200
         span = re.fullmatch(r"bytes=(\d+)-(\d+)", request.headers.get("Range", ""))
         if span and fault != "ignore-range":

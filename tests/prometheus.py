@@ -37,6 +37,7 @@ class Prometheus:
 
     def get(self, path: str, **query: str | float) -> Any:
         answer = requests.get(f"{self.url}/api/v1/{path}", params=query, timeout=10)
+        answer.raise_for_status()
         document = answer.json()
         assert document["status"] == "success", (query, document)
         return document["data"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 
 import boto3
 import pytest
+from moto.s3.responses import S3Response
 from moto.server import ThreadedMotoServer
 
 from tests.ports import free_ports
@@ -81,12 +83,21 @@ class S3Server:
 def moto() -> Iterator[S3Server]:
     logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line for each request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        yield S3Server(f"http://{host}:{port}", "moto-key", "moto-secret-4711", False)
-    finally:
-        server.stop()
+    put, one_at_a_time = S3Response.put_object, threading.Lock()
+
+    def put_object(response: S3Response) -> Any:
+        """A condition and the put that it is for, as one: moto looks, and puts later."""
+        with one_at_a_time:
+            return put(response)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(S3Response, "put_object", put_object)
+        server.start()
+        try:
+            host, port = server.get_host_and_port()
+            yield S3Server(f"http://{host}:{port}", "moto-key", "moto-secret-4711", False)
+        finally:
+            server.stop()
 
 
 @contextmanager
@@ -97,8 +108,10 @@ def ceph() -> Iterator[S3Server]:
         with tempfile.TemporaryDirectory(prefix="ceph-") as folder:
             port, monitor = free_ports(2)
             start = [str(CEPH_MINI), "start", folder, str(port), str(monitor)]
-            started = subprocess.run(start, capture_output=True, text=True, timeout=START_SECONDS)
             try:
+                started = subprocess.run(
+                    start, capture_output=True, text=True, timeout=2 * START_SECONDS
+                )
                 if started.returncode == 0:
                     yield S3Server(f"http://127.0.0.1:{port}", "test", "testsecret", True)
                     return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 import struct
 import subprocess
@@ -19,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.cli import main
+from pipeline.cpus import usable_cpus
 from tests.builders import (
     files_below,
     picture,
@@ -231,7 +231,7 @@ def test_an_output_that_holds_foreign_files(refused: Refusal) -> None:
 
 def test_a_tensor_parallel_that_the_cluster_cannot_place(refused: Refusal, tmp_path: Path) -> None:
     """Only Ray knows what the cluster has, so here one starts."""
-    cores = os.cpu_count() or 1
+    cores = usable_cpus()
     wide = replace(tiny_config(), num_heads=cores + 1, hidden_size=16 * (cores + 1))
     options = ("--model", tiny_checkpoint(tmp_path / "wide", wide).folder)
     run = run_cli(

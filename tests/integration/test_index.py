@@ -36,10 +36,9 @@ build_index(sys.argv[1], sys.argv[2], kind="hnsw")
 # Two at once, and none after the second that is done: three are begun, and it waits for ever.
 STARTED = 3
 STOPPING = """
-import os
 import threading
-from pipeline import index_flow
-os.cpu_count = lambda: 2
+from pipeline import cpus, index_flow
+cpus.usable_cpus = lambda: 2
 build = index_flow.build_side_by_side
 def stopping(*given):
     for number, built in enumerate(build(*given), 1):

@@ -135,7 +135,7 @@ def test_no_command_shows_a_secret_in_ps(
     monkeypatch.chdir(tmp_path)
     write_checkpoint(tmp_path / "checkpoint")
     with socket.create_server(("127.0.0.1", 0)) as server:
-        server.settimeout(60)
+        server.settimeout(240)
         endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
         options = json.dumps({"endpoint_url": endpoint, "key": "k", "secret": SECRET})
         with started_cli(*arguments, "--storage-options", options) as process:

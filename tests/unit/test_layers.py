@@ -15,6 +15,7 @@ FORBIDDEN = {
 }
 RAY_IN_PIPELINE = {
     "attempts.py",
+    "cpus.py",
     "dataflow.py",
     "index_flow.py",
     "interruption.py",

@@ -33,6 +33,7 @@ from tests.builders import cli_env, picture, sample, write_tar
 from tests.data.make_tiling_pictures import encode, scene
 from tests.hostile.fragile import faulty
 from tests.outputs import edit_commit, extract_plainly
+from tests.running import still_alive
 
 NUM_PICTURES = 12
 EVIL = '<img src=x onerror="alert(1)">\n\u202e'
@@ -342,10 +343,10 @@ def test_it_ends_cleanly(index: str, signum: int) -> None:
         for target in [process.pid, *(child.pid for child in children)]:
             if os.getpgid(target) == os.getpgid(process.pid):
                 os.kill(target, signum)  # as a terminal does to all of its foreground
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=240)
         hint = "tessera: open this address; Ctrl-C ends it\n"
         assert (process.returncode, out, err) == (0, "", hint)
-        assert psutil.wait_procs(children, timeout=60)[1] == []
+        assert still_alive(children) == []
     finally:
         process.kill()
 

@@ -274,7 +274,7 @@ def test_opening_needs_no_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)],
-        cwd=ROOT, capture_output=True, text=True, check=True, timeout=60,
+        cwd=ROOT, capture_output=True, text=True, check=True, timeout=240,
     )  # fmt: skip
     assert done.stdout.strip() == "[]"
 

@@ -129,7 +129,7 @@ def open_in_a_process(url: str, cache: Path, source: str = REPO, revision: str =
     }
     done = subprocess.run(
         [sys.executable, "-c", OPEN, source, revision],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pytest
@@ -88,7 +89,7 @@ def test_botocores_errors(
     num_attempts: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(retries.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(retries, "time", SimpleNamespace(sleep=lambda seconds: None))
     asked = []
 
     def request() -> None:

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -53,8 +54,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], Non
         for act in meanwhile:
             act()
 
-    monkeypatch.setattr(lease_module.time, "sleep", sleep)
-    monkeypatch.setattr(lease_module.time, "monotonic", lambda: moment)
+    stepped = SimpleNamespace(sleep=sleep, monotonic=lambda: moment)
+    monkeypatch.setattr(lease_module, "time", stepped)
     return meanwhile.append
 
 
@@ -89,8 +90,11 @@ def leases(place: tuple[Storage, str]) -> list[str]:
     return sorted(name for name in names if not name.startswith("held-"))
 
 
-def test_a_lease_is_there_while_it_is_held_and_gone_after(place: tuple[Storage, str]) -> None:
+def test_a_lease_is_there_while_it_is_held_and_gone_after(
+    place: tuple[Storage, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     storage, output = place
+    monkeypatch.setattr(lease_module, "RENEW_SECONDS", 3600.0)
     with held(output, "mine", storage):
         assert leases(place) == ["lease-000000001.json"]
         there = Holder.parse(storage.read(lease_url(output, 1)), "")

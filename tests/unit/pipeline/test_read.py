@@ -408,7 +408,7 @@ def test_more_files_than_may_be_open_are_told(tmp_path: Path) -> None:
 
 
 class FullDisk(Storage):
-    def read_range(self, url: str, start: int, end: int, etag: str | None = None) -> bytes:
+    def read_range(self, url: str, start: int, end: int, *how: Any, **named: Any) -> bytes:
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -427,9 +427,9 @@ class CountingRanges(Storage):
         super().__init__(storage.options)
         self.paths: set[str] = set()
 
-    def read_range(self, url: str, start: int, end: int, etag: str | None = None) -> bytes:
+    def read_range(self, url: str, start: int, end: int, *how: Any, **named: Any) -> bytes:
         self.paths.add(url.partition("/out/")[2])
-        return super().read_range(url, start, end, etag)
+        return super().read_range(url, start, end, *how, **named)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -93,7 +94,7 @@ def test_a_page_that_breaks_is_asked_for_again_by_itself(
     storage, url = filled
     fs, _ = storage.open(url)
     counting = fs.call_s3
-    monkeypatch.setattr(retries.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(retries, "time", SimpleNamespace(sleep=lambda seconds: None))
 
     def breaking(method: str, **options: Any) -> Any:
         answer = counting(method, **options)

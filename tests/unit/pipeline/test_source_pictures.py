@@ -25,9 +25,9 @@ class CountingStorage(Storage):
 
     read_bytes = 0
 
-    def read_range(self, url: str, start: int, end: int, etag: str | None = None) -> bytes:
+    def read_range(self, url: str, start: int, end: int, *how: Any, **named: Any) -> bytes:
         self.read_bytes += end - start
-        return super().read_range(url, start, end, etag)
+        return super().read_range(url, start, end, *how, **named)
 
 
 def source_of(path: Path | str, storage: Storage | None = None) -> Source:
