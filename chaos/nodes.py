@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -126,4 +127,8 @@ def _process(node: Node, kind: str) -> psutil.Process:
 def whole_node(node: Node) -> list[psutil.Process]:
     """Everything that runs on a node: what was started with it, and what that started."""
     pids = [info.process.pid for infos in node.all_processes.values() for info in infos]
-    return [p for pid in pids for p in (psutil.Process(pid), *descendants(pid))]
+    found: list[psutil.Process] = []
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):  # Ray may have buried it by now
+            found += [psutil.Process(pid), *descendants(pid)]
+    return found
