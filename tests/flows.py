@@ -49,5 +49,6 @@ def run_flow(
     stop = threading.Event()
     try:
         return run_shards(pending, settings, tick, stop)
-    finally:
+    except BaseException:
         stop.set()  # a test that is given up leaves no dataset to the next one
+        raise
