@@ -138,10 +138,8 @@ class Lease:
         while not self._ended.wait(RENEW_SECONDS) and self._lost is None:
             try:
                 self._renew()
-            except (
-                OSError,
-                UserError,
-            ) as error:  # `assure` asks again before anything is committed
+            except (OSError, UserError) as error:
+                # `assure` asks again before anything is committed.
                 logger.warning("the lease on %s is not renewed: %s", redact(self._output), error)
 
     def _renew(self) -> None:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -126,6 +127,31 @@ def test_one_of_many_that_start_at_once_gets_it(place: tuple[Storage, str]) -> N
     assert all(f"process {os.getpid()} on" in line for line in refused)
     assert leases(place) == ["lease-000000001.json"]
     got[0].release()
+
+
+@pytest.mark.parametrize("trouble", [OSError("reset"), UserError("half a profile of AWS")])
+def test_a_renewal_that_fails_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: Exception
+) -> None:
+    monkeypatch.setattr(lease_module, "RENEW_SECONDS", 0.01)
+    fails, renewed = iter([True, True, False]), threading.Event()
+
+    class Flaky(Storage):
+        held = False
+
+        def publish_bytes(self, url: str, data: bytes, *how: Any, **named: Any) -> None:
+            if self.held and next(fails, False):
+                raise trouble
+            super().publish_bytes(url, data, *how, **named)
+            if self.held:
+                renewed.set()
+
+    storage = Flaky()
+    lease = acquire(str(tmp_path / "out"), "mine", storage)
+    storage.held = True
+    assert renewed.wait(60)
+    lease.check()
+    lease.release()
 
 
 def test_a_holder_that_renews_is_alive(
