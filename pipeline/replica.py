@@ -9,12 +9,14 @@ which replicas died three times becomes rejects, so that one poisonous picture i
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import signal
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import ray
 from ray._private.state import actors
@@ -101,13 +103,21 @@ def living_replicas() -> set[str]:
 
 
 class Replica:
-    """Ray Data calls it with one row, one chunk, at a time."""
+    """Ray Data calls it with one row, one chunk, at a time.
+
+    `exit_seconds`: a process that has begun to end and is not gone by then is ended by the kernel.
+    """
+
+    exit_seconds: ClassVar[int] = 30
 
     def __init__(self, settings: ReplicaSettings, deaths: ActorHandle) -> None:
         import torch  # not for the driver, which imports this module
 
         from model.encoder import Encoder
         from model.ranks import ParallelEncoder
+
+        # Seldom, native code waits for ever once Python is gone, and would hold the GPU with it.
+        atexit.register(signal.alarm, self.exit_seconds)
 
         checkpoint = open_checkpoint(settings.model, settings.revision)
         if (found := weights_digest(checkpoint)) != settings.weights_digest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import os
 import secrets
@@ -33,6 +34,7 @@ from pipeline.writers import FinalizeSettings
 from tests.book import Book
 from tests.builders import picture, sample, samples, write_checkpoint, write_tar
 from tests.flows import run_flow
+from tests.running import still_alive
 
 POISON = 255
 LOOKS = 3000  # ten a second
@@ -76,6 +78,17 @@ class HeldReplica(Replica):
         (self._folder / "held").touch()
         wait_for(self._folder / "go")
         return super().__call__(row)
+
+
+class LingeringReplica(Replica):
+    """Does not end by itself: what was to be called first at its end is called last, and waits."""
+
+    exit_seconds = 1
+
+    def __init__(self, settings: ReplicaSettings, deaths: ActorHandle) -> None:
+        atexit.register(threading.Event().wait)
+        super().__init__(settings, deaths)
+        (Path(settings.model).parent / f"pid-{os.getpid()}").touch()
 
 
 def wait_for(file: Path) -> None:
@@ -181,6 +194,21 @@ def test_the_memory_of_deaths_may_die_itself(
     commit = Commit.parse((tmp_path / "out/commits/a.json").read_bytes(), "a")
     assert {embedder.replica for embedder in commit.replicas} <= alive
     assert pq.read_table(tmp_path / "out/embeddings/a.parquet").num_rows == 200
+
+
+def test_a_replica_that_does_not_end_is_ended(
+    local_ray: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It would keep its GPU from the next run."""
+    monkeypatch.setattr(dataflow, "Replica", LingeringReplica)
+    write_tar(tmp_path / "in" / "a.tar", samples(4))
+
+    tally = run_flow(*folders(tmp_path), write_checkpoint(tmp_path / "model"))
+
+    assert (tally.committed, tally.failures) == (1, [])
+    (pid,) = [int(file.name.removeprefix("pid-")) for file in tmp_path.glob("pid-*")]
+    with suppress(psutil.NoSuchProcess):
+        assert not still_alive([psutil.Process(pid)], seconds=60)
 
 
 def test_an_output_that_cannot_be_written_fails_its_shard_alone(
