@@ -9,10 +9,8 @@ which replicas died three times becomes rejects, so that one poisonous picture i
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
-import signal
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -28,6 +26,7 @@ from model.errors import CheckpointError
 from pipeline.chunks import Chunk
 from pipeline.cpus import usable_cpus
 from pipeline.embedding import PartSettings, embed_chunk, reject_chunk
+from pipeline.endings import EXIT_SECONDS, end_for_sure
 from pipeline.records import Compute, Row, Work
 
 logger = logging.getLogger(__name__)
@@ -105,10 +104,10 @@ def living_replicas() -> set[str]:
 class Replica:
     """Ray Data calls it with one row, one chunk, at a time.
 
-    `exit_seconds`: a process that has begun to end and is not gone by then is ended by the kernel.
+    `exit_seconds`: see `end_for_sure`.
     """
 
-    exit_seconds: ClassVar[int] = 30
+    exit_seconds: ClassVar[int] = EXIT_SECONDS
 
     def __init__(self, settings: ReplicaSettings, deaths: ActorHandle) -> None:
         import torch  # not for the driver, which imports this module
@@ -116,9 +115,7 @@ class Replica:
         from model.encoder import Encoder
         from model.ranks import ParallelEncoder
 
-        # Seldom, native code waits for ever once Python is gone, and would hold the GPU with it.
-        atexit.register(signal.alarm, self.exit_seconds)
-
+        end_for_sure(self.exit_seconds)
         checkpoint = open_checkpoint(settings.model, settings.revision)
         if (found := weights_digest(checkpoint)) != settings.weights_digest:
             raise CheckpointError(

@@ -20,6 +20,7 @@ import pyarrow as pa
 from pipeline.chunks import Decoder, DirectDecoder, TileSettings, failed_group, tile_group
 from pipeline.commits import Commit, read_commit
 from pipeline.embedding import Embedded, part_folder, write_part
+from pipeline.endings import end_for_sure
 from pipeline.isolation import IsolatedDecoder, IsolationError
 from pipeline.ledger import CompleteShard
 from pipeline.open_shards import commit_now
@@ -62,6 +63,7 @@ def feed_stage(block: Row) -> Iterator[Row]:
 
 def read_stage(row: Row, settings: ReadSettings, output: FinalizeSettings) -> Iterator[Row]:
     """One shard → its groups, with the committed rows of their pictures where it replaces one."""
+    end_for_sure()
     shard = Shard(str(row["url"][0]), str(row["name"][0]), str(row["before"][0]))
     with committed_rows(shard, output.parts, output.fingerprint) as committed:
         for group in read_groups(shard, settings):
@@ -78,6 +80,7 @@ def tile_stage(row: Row, settings: TileSettings, attempts: Attempts) -> Iterator
     A worker that died over this group, from within or from outside, has left its mark in
     `attempts`: then the pictures are decoded in a process of their own.
     """
+    end_for_sure()
     keep_freed_memory()
     os.setpriority(os.PRIO_PROCESS, 0, TILE_NICENESS)  # these processes tile and do nothing else
     group = GroupRow.load(row)
@@ -124,6 +127,7 @@ def _decoder(name: str, deaths: int, settings: TileSettings) -> Iterator[Decoder
 
 def write_stage(row: Row, settings: FinalizeSettings) -> Row:
     """One embedded chunk → a part file, and the small row that tells of it."""
+    end_for_sure()
     return one_row(part=write_part(Embedded.load(row), settings.parts).dump())
 
 
@@ -158,6 +162,7 @@ def finalize_stage(shard: CompleteShard, settings: FinalizeSettings, replaced: s
     Raises:
         ReplacedMeanwhileError: another commit stands there.
     """
+    end_for_sure()
     before = None
     if replaced:
         before = read_commit(settings.parts.output, shard.name, settings.parts.storage)
