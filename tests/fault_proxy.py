@@ -196,6 +196,9 @@ class FaultProxy:
                 if operation in ("*", request.operation) and fnmatch.fnmatch(request.key, key)
             ]
 
+    def _is_ours(self, key: str) -> bool:
+        return self._bucket in (None, key.partition("/")[0])
+
     def _choose(self, operation: str, key: str, identity: str) -> Rule | None:
         with self._lock:
             for number, (rule, matched) in enumerate(zip(self._rules, self._matched, strict=True)):
@@ -225,14 +228,13 @@ class FaultProxy:
         signer = signed[1] if signed else None
         path = re.sub(r"_runs/[^/]+/", "_runs/*/", client.path)  # whose names are made up
         identity = f"{client.command} {path} {span}"
-        ours = self._bucket in (None, key.partition("/")[0])
-        rule = self._choose(operation, key, identity) if ours else None
+        rule = self._choose(operation, key, identity) if self._is_ours(key) else None
         fault = rule.fault if rule is not None else None
 
         def book(status: int) -> None:
             request = Request(operation, key, span, url.query, signer, fault, status)
             with self._lock:
-                if self._bucket not in (None, key.partition("/")[0]):
+                if not self._is_ours(key):  # `restart` came meanwhile
                     return
                 self.requests.append(request)
                 if fault is not None:
